@@ -1,0 +1,41 @@
+# The doors of the project: `make` lists them. Every target that runs Python first brings the environment up to date,
+# which takes about a tenth of a second when nothing changed.
+PYTHON ?= python3
+VENV ?= .venv
+# STACK=cpu or STACK=cuda overrides the choice that packaging/install.py makes by asking nvidia-smi.
+STACK ?= auto
+# Handed on by demo and test: make demo ARGS="...", make test ARGS="-k lda -x"
+ARGS ?=
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format docs clean
+
+help: ## list these targets
+	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv] [STACK=auto|cpu|cuda]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+install: ## make .venv, or bring it up to date (Python 3.11 or 3.12; CPU or CUDA stack)
+	@VENV='$(VENV)' STACK='$(STACK)' '$(PYTHON)' packaging/install.py
+
+demo: install ## raw MovieLens events -> history store -> trained, evaluated and batch-scored model
+	@$(BIN)/python pipeline/demo.py $(ARGS)
+
+test: install ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: install ## ruff: rules and format, changes nothing
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+
+format: install ## ruff: put right what it can
+	@$(BIN)/python -m ruff check --fix .
+	@$(BIN)/python -m ruff format .
+
+docs: install ## regenerate docs/reference from the config classes
+	@$(BIN)/python -m elastic_rec.pipeline.config_reference
+
+clean: ## remove build products and caches; .venv, data and runs stay
+	@rm -rf build dist *.egg-info packaging/fbgemm-gpu-shim/build packaging/fbgemm-gpu-shim/*.egg-info
+	@rm -rf .pytest_cache .ruff_cache .hypothesis
+	@find configs feature_store models pipeline tests packaging -name __pycache__ -type d -prune -exec rm -rf {} +

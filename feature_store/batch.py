@@ -1,0 +1,77 @@
+"""The two batch types: numpy histories as the reader yields them, and the jagged batch a model takes.
+
+Legend: B users in this rank's share of a global batch, T = their events laid end to end,
+R prefixes (rows of the model's output; several per user in training, one in evaluation).
+
+    users        u0            u1       u2
+    events T     a b c d e     f g h    i j
+    offsets      0             5        8     10
+    prefix r     [start_r, end_r) within one user's stretch; the target is an event behind end_r
+
+Events are embedded once per user and gathered once per prefix, so several cuts of one history share
+the lookup (and its all-to-all), which is the dear part of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass(frozen=True)
+class Histories:
+    """One rank's share of one global batch, whole histories, straight from Arrow buffers.
+
+    rows: (B,) int64, the user's row number in the store, -1 for a padding user without events.
+    offsets: (B+1,) int64.
+    columns: name -> (T,) int64 vocabulary indices ("item" always among them).
+    times_s: (T,) int64, seconds.
+    num_global_users: users in the global batch, over all ranks, padding not counted.
+    """
+
+    rows: np.ndarray
+    offsets: np.ndarray
+    columns: dict[str, np.ndarray]
+    times_s: np.ndarray
+    num_global_users: int
+
+
+@dataclass
+class PrefixBatch(Pipelineable):
+    """What a model's forward takes; every field is a tensor, so it moves to a device as one.
+
+    features: KeyedJaggedTensor, stride B; keys: the event columns, "gap" (log2 bucket of the seconds since the
+        user's previous event), and "candidate" (ids the loss ranks against; all of them in row 0, empty in evaluation).
+    times_s: (T,) int64 seconds, same offsets as the event columns.
+    starts, ends: (R,) int64, prefix r is events [starts[r], ends[r]) of the T axis.
+    targets: (R,) int64 item ids, 0 where there is none.
+    weights: (R,) float32, 0 for padding rows and rows without a target.
+    log_q: (C,) float32, log of the expected count of each candidate under the sampler (zeros: full softmax).
+    normaliser: () float32, what the weighted sum of losses is divided by; the mean over ranks of
+        (local sum / normaliser) is the loss of the global batch, whatever the number of ranks.
+    rows: (R,) int64, the user's row number in the store, -1 for padding.
+    """
+
+    features: KeyedJaggedTensor
+    times_s: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    log_q: torch.Tensor
+    normaliser: torch.Tensor
+    rows: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> PrefixBatch:
+        return PrefixBatch(*(getattr(self, f.name).to(device=device, non_blocking=non_blocking) for f in fields(self)))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for f in fields(self):
+            getattr(self, f.name).record_stream(stream)
+
+    def pin_memory(self) -> PrefixBatch:
+        return PrefixBatch(*(getattr(self, f.name).pin_memory() for f in fields(self)))

@@ -1,0 +1,209 @@
+"""DuckDB's part of an ingest: stage, validate, filter, index and sort events under a memory limit.
+
+Every file is inserted into one staging table in input order. DuckDB keeps insertion order (also when it parses a file
+in parallel), so rowid IS "file number, row number", the tie-break of the sort. All passes but the first read the
+staging table, on disk beside the future store, and never parse text again. Spark will do the same job behind the same
+four calls: load, select, vocabulary, sorted_batches.
+
+Bucket of a user, the same on every engine: int64 ids ((id % N) + N) % N; strings: the first 15 hex digits of
+md5(utf-8 bytes) read as an unsigned integer, modulo N.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.sources import Source, id_sql, time_sql
+from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
+
+BATCH_EVENTS = 1 << 17
+SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
+
+
+class DuckEngine:
+    """roles: "user", "item", "timestamp", optionally "event_id", and one per context column (its own name)."""
+
+    def __init__(self, *, work: Path, roles: list[str], unit: str, memory_limit: str, threads: int) -> None:
+        config = {"memory_limit": memory_limit, "temp_directory": str(work / "spill"), "preserve_insertion_order": True}
+        if threads > 0:
+            config["threads"] = threads
+        try:
+            self._db = duckdb.connect(str(work / "events.duckdb"), config=config)
+        except duckdb.Error as error:
+            raise DataError(f"DuckDB refused its settings ({error}); check memory_limit and threads") from error
+        self._roles = roles
+        self._unit = unit
+        self._indexed = [r for r in roles if r not in ("timestamp", "event_id")]
+        self._kinds: dict[str, str] = {}
+        self._first_source: Source | None = None
+
+    def close(self) -> None:
+        self._db.close()
+
+    def load(self, source: Source) -> int:
+        """Appends one file's events to the staging table. Returns their number; DataError names the first bad row."""
+        if self._first_source is None:
+            self._first_source = source
+            self._kinds = {role: kind for role, kind in source.kinds.items() if role != "timestamp"}
+            types = [f'"{r}" {"BIGINT" if self._kinds.get(r, "int64") == "int64" else "VARCHAR"}' for r in self._roles]
+            self._run(f"CREATE TABLE raw ({', '.join(types)})")
+        for role, kind in self._kinds.items():
+            if source.kinds[role] != kind:
+                raise DataError(
+                    f"{source.path}: {role} is {source.kinds[role]}, but {kind} in {self._first_source.path}; "
+                    "all files must agree, cast one of them"
+                )
+        first = self._one("SELECT coalesce(max(rowid) + 1, 0) FROM raw")
+        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
+        try:
+            ((count,),) = self._run(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error as error:
+            raise DataError(f"{source.path}: cannot be read: {str(error).strip()}") from error
+        if count == 0:
+            raise DataError(f"{source.path}: no events (a header only); remove it from input")
+        needed = [r for r in self._roles if r in ("user", "item", "timestamp", "event_id")]
+        missing = " OR ".join(f'"{role}" IS NULL' for role in needed)
+        bad = self._one(f"SELECT min(rowid) FROM raw WHERE rowid >= {first} AND ({missing})")
+        if bad is not None:
+            self._explain(source, row=bad - first, needed=needed)
+        return count
+
+    def select(self, *, min_user_events: int, min_item_events: int) -> dict[str, int]:
+        """Drops rare items first, then users left with too few events; then numbers what is left.
+
+        One pass, not a k-core: an item may fall below its minimum again because its users were dropped.
+        Returns counts of events, users and items before and after.
+        """
+        self._types = {role: self._final_type(role) for role in self._roles if role != "timestamp"}
+        self._run(
+            f"CREATE TABLE kept_item AS SELECT item FROM raw GROUP BY item HAVING count(*) >= {min_item_events}"
+        )
+        self._run(
+            'CREATE TABLE kept_user AS SELECT "user" FROM raw SEMI JOIN kept_item USING (item) '
+            f'GROUP BY "user" HAVING count(*) >= {min_user_events}'
+        )
+        kept = 'raw SEMI JOIN kept_item USING (item) SEMI JOIN kept_user USING ("user")'
+        for role in self._indexed:
+            # Indices by falling count; the raw form of the id stays beside it, as the key of the later join.
+            value = f'CAST("{role}" AS {SQL_TYPES[self._types[role]]})'
+            self._run(
+                f'CREATE TABLE "vocab_{role}" AS '
+                f"SELECT raw_id, id, n, row_number() OVER (ORDER BY n DESC, id) + {FIRST - 1} AS idx FROM "
+                f'(SELECT "{role}" AS raw_id, {value} AS id, count(*) AS n FROM {kept} '
+                f'WHERE "{role}" IS NOT NULL GROUP BY raw_id)'
+            )
+        self._run("DROP TABLE kept_item")
+        self._run("DROP TABLE kept_user")
+        return {
+            "read_events": self._one("SELECT count(*) FROM raw"),
+            "read_users": self._one('SELECT count(DISTINCT "user") FROM raw'),
+            "read_items": self._one("SELECT count(DISTINCT item) FROM raw"),
+            "events": self._one('SELECT coalesce(sum(n), 0)::BIGINT FROM "vocab_user"'),
+            "users": self._one('SELECT count(*) FROM "vocab_user"'),
+            "items": self._one("SELECT count(*) FROM vocab_item"),
+        }
+
+    def id_type(self, role: str) -> str | None:
+        """ "int64" or "string", None where the log has no such column; known after select()."""
+        return self._types.get(role)
+
+    def vocabulary(self, role: str) -> Vocabulary:
+        table = _reader(self._db, f'SELECT id, n FROM "vocab_{role}" ORDER BY idx').read_all()
+        ids = table["id"].combine_chunks()
+        if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type):
+            ids = ids.cast(pa.string())
+        return Vocabulary(column=role, ids=ids, counts=table["n"].to_numpy())
+
+    def sorted_batches(self, *, num_buckets: int) -> pa.RecordBatchReader:
+        """Kept events as (bucket, user_id, timestamp, [event_id,] item, context...) sorted by bucket, user, timestamp,
+        event_id, input order; ids of item and context as vocabulary indices."""
+        user = self._value("user")
+        if self._types["user"] == "int64":
+            bucket = f"((u.id % {num_buckets}) + {num_buckets}) % {num_buckets}"
+        else:
+            bucket = f"('0x' || substr(md5(u.id), 1, 15))::BIGINT % {num_buckets}"
+        leaves, order = ["raw.timestamp AS timestamp"], ["timestamp"]
+        if "event_id" in self._roles:
+            leaves.append(f"{self._value('event_id')} AS event_id")
+            order.append("event_id")
+        leaves.append("i.idx AS item")
+        joins = 'JOIN "vocab_user" u ON u.raw_id = raw."user" JOIN "vocab_item" i ON i.raw_id = raw.item'
+        for number, role in enumerate(self._indexed[2:]):
+            leaves.append(f'coalesce(c{number}.idx, {UNKNOWN}) AS "{role}"')
+            joins += f' LEFT JOIN "vocab_{role}" c{number} ON c{number}.raw_id = raw."{role}"'
+        return _reader(
+            self._db,
+            f"SELECT ({bucket})::INTEGER AS bucket, {user} AS user_id, {', '.join(leaves)} FROM raw {joins} "
+            f"ORDER BY bucket, user_id, {', '.join(order)}, raw.rowid",
+        )
+
+    def _staged_sql(self, source: Source, role: str) -> str:
+        if role == "timestamp":
+            return time_sql(source.raw[role], source.kinds[role], self._unit)
+        return id_sql(source.raw[role], source.kinds[role])
+
+    def _value(self, role: str) -> str:
+        return "u.id" if role == "user" else f'CAST(raw."{role}" AS {SQL_TYPES[self._types[role]]})'
+
+    def _final_type(self, role: str) -> str:
+        """Text ids are integers where every one of them is written as DuckDB would write that integer ("07" is not)."""
+        if self._kinds[role] == "int64":
+            return "int64"
+        if self._first_source is not None and self._first_source.scan.startswith("read_parquet"):
+            return "string"  # a typed file says what it means
+        other = self._one(
+            f'SELECT count(*) FROM (SELECT DISTINCT "{role}" AS t FROM raw WHERE "{role}" IS NOT NULL) '
+            "WHERE TRY_CAST(t AS BIGINT) IS NULL OR TRY_CAST(t AS BIGINT)::VARCHAR <> t"
+        )
+        return "int64" if other == 0 else "string"
+
+    def _explain(self, source: Source, *, row: int, needed: list[str]) -> None:
+        """Reads the one bad row again and raises DataError that quotes it. row counts from 0."""
+        values = ", ".join([*(source.raw[r] for r in needed), *(f"({self._staged_sql(source, r)})" for r in needed)])
+        (found,) = self._run(f"SELECT {values} FROM {source.scan} LIMIT 1 OFFSET {row}")
+        raw, staged = found[: len(needed)], found[len(needed) :]
+        role, value = next((r, v) for r, v, s in zip(needed, raw, staged, strict=True) if s is None)
+        where = f"{source.path}: row {row + 1}: {role}"
+        if value is None or value == "":
+            raise DataError(f"{where} is empty (null); drop or repair such rows")
+        if role != "timestamp":
+            raise DataError(f"{where} {value!r} does not fit int64; write it as a string")
+        raise DataError(f"{where} {value!r} {_time_fault(value, source.kinds[role], self._unit)}")
+
+    def _one(self, sql: str) -> int | None:
+        return self._run(sql)[0][0]
+
+    def _run(self, sql: str) -> list[tuple]:
+        # DuckDB 2 refuses the next statement while a result is not read to its end.
+        return self._db.execute(sql).fetchall()
+
+
+def _time_fault(value: object, kind: str, unit: str) -> str:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return f"is not a number; timestamps are whole numbers of timestamp_unit ({unit}), convert dates first"
+    if number != number or number in (float("inf"), float("-inf")):
+        return "is not a finite number; drop or repair such rows"
+    if number < 0:
+        return "is negative; timestamps count from 1970, drop or repair such rows"
+    finer = {"s": "ms", "ms": "us", "us": "ns", "ns": "ns"}[unit]
+    if kind == "time":
+        return f"(ns since 1970) is no whole number of {unit}; set timestamp_unit={finer} or finer"
+    if number != int(number):
+        return f"is fractional in timestamp_unit={unit}; multiply by 1000 and set timestamp_unit={finer}"
+    return "does not fit int64; check timestamp_unit"
+
+
+def _reader(db: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader:
+    relation = db.sql(sql)
+    # The name changed between DuckDB 1.4 and 2.0.
+    if hasattr(relation, "to_arrow_reader"):
+        return relation.to_arrow_reader(BATCH_EVENTS)
+    return relation.fetch_record_batch(BATCH_EVENTS)

@@ -1,0 +1,5 @@
+"""The one error of this room: the data, not the program, is at fault."""
+
+
+class DataError(Exception):
+    """Bad input events or a bad history store. The message says what is wrong, where, and what to do about it."""

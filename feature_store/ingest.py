@@ -1,0 +1,194 @@
+"""Raw event log -> history store, all or nothing.
+
+    input files --DuckDB: check, filter, sort--> Arrow batches --run-cutter--> <out>.tmp-<pid>/ --one rename--> <out>
+
+The manifest is the last file written into the staging folder and the rename the last act: at no moment is there a
+half store under `out`. An error removes the staging folder; a killed process leaves it, and the next ingest to the
+same `out` clears it away (its lock is gone with the process).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from elastic_rec.feature_store import manifest, schema
+from elastic_rec.feature_store.cutter import WrittenFile, write_histories
+from elastic_rec.feature_store.engine import DuckEngine
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.sources import find_inputs, open_source
+from elastic_rec.feature_store.staging import Staging
+
+BUCKET_HASH = "int64: ((id % N) + N) % N; string: int(md5(utf8).hexdigest()[:15], 16) % N"
+
+
+class InputFormat(Enum):
+    auto = "auto"
+    csv = "csv"
+    tsv = "tsv"
+    parquet = "parquet"
+
+
+class TimeUnit(Enum):
+    s = "s"
+    ms = "ms"
+    us = "us"
+    ns = "ns"
+
+
+def _help(default, text: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class IngestConfig:
+    """What to read, what to keep, where to write. Enums also take their value as a string."""
+
+    name: str = _help("events", "Name of the data set; goes into the manifest.")
+    input: list[str] = _help([], "Files, globs or folders, in order; the order breaks ties between equal timestamps.")
+    format: InputFormat = _help(InputFormat.auto, "Input format; auto goes by the file names.")
+    user_column: str = _help("user_id", "Input column with the user (int64 or string).")
+    item_column: str = _help("item_id", "Input column with the item (int64 or string).")
+    timestamp_column: str = _help("timestamp", "Input column with the event's time since 1970, in timestamp_unit.")
+    event_id_column: str | None = _help(None, "Input column that orders events of equal time; none: input order does.")
+    context_columns: list[str] = _help([], "Categorical event columns to keep (action, rating); null becomes unknown.")
+    timestamp_unit: TimeUnit = _help(TimeUnit.s, "Unit of timestamp_column: s, ms, us or ns.")
+    min_user_events: int = _help(1, "Drop users with fewer events, counted after rare items are dropped.")
+    min_item_events: int = _help(1, "Drop items with fewer events, counted before users are dropped (no k-core).")
+    num_buckets: int = _help(16, "Files to spread users over, by a hash of the user id.")
+    row_group_events: int = _help(131072, "Events in a Parquet row group (a longer user gets one of his own).")
+    out: str = _help("", "Folder of the store to write.")
+    overwrite: bool = _help(False, "Replace the store at `out`, once the new one is complete.")
+    memory_limit: str = _help("1GB", "Memory of DuckDB; beyond it the sort spills beside `out`.")
+    threads: int = _help(0, "Threads of DuckDB; 0: one per core.")
+
+    def __post_init__(self) -> None:
+        self.format, self.timestamp_unit = InputFormat(self.format), TimeUnit(self.timestamp_unit)
+        for name in ("min_user_events", "min_item_events", "num_buckets", "row_group_events"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.num_buckets <= 10000:
+            raise ValueError(f"num_buckets={self.num_buckets}: at most 10000")
+        for name in self.context_columns:
+            if name in schema.RESERVED_NAMES or not name.replace("_", "a").isalnum():
+                raise ValueError(
+                    f"context_columns: '{name}' is reserved or not made of letters, digits and _; rename the column"
+                )
+        if len({name.lower() for name in self.context_columns}) < len(self.context_columns):
+            raise ValueError(f"context_columns={self.context_columns}: a name is given twice")
+
+    def roles(self) -> dict[str, str]:
+        """role -> input column, event columns with a vocabulary in the order of the store's struct."""
+        roles = {"user": self.user_column, "item": self.item_column, "timestamp": self.timestamp_column}
+        if self.event_id_column:
+            roles["event_id"] = self.event_id_column
+        return roles | {name: name for name in self.context_columns}
+
+
+def ingest(config: IngestConfig) -> dict:
+    """Writes the store at config.out. Returns its figures; raises DataError for bad input, leaving nothing behind."""
+    began = time.perf_counter()
+    if not config.out:
+        raise DataError("out is empty: say where to write the store")
+    paths, format = find_inputs(config.input, format=config.format.value)
+    with Staging(Path(config.out), overwrite=config.overwrite) as staging:
+        figures = _build(config, paths, format, staging)
+        staging.commit()
+    seconds = time.perf_counter() - began
+    return {
+        "store": str(config.out),
+        **figures,
+        "seconds": round(seconds, 3),
+        "events_per_s": round(figures["read_events"] / seconds),
+    }
+
+
+def _build(config: IngestConfig, paths: list[Path], format: str, staging: Staging) -> dict:
+    roles = config.roles()
+    settings = {role: f"{role}_column" if role not in config.context_columns else "context_columns" for role in roles}
+    engine = DuckEngine(
+        work=staging.work,
+        roles=list(roles),
+        unit=config.timestamp_unit.value,
+        memory_limit=config.memory_limit,
+        threads=config.threads,
+    )
+    try:
+        inputs = []
+        for path in paths:
+            source = open_source(path, format=format, columns=roles, settings=settings)
+            inputs.append({"path": str(path), "bytes": path.stat().st_size, "events": engine.load(source)})
+        counts = engine.select(min_user_events=config.min_user_events, min_item_events=config.min_item_events)
+        if counts["users"] == 0:
+            raise DataError(
+                f"no users left of {counts['read_users']} with {counts['read_events']} events after "
+                f"min_item_events={config.min_item_events} and min_user_events={config.min_user_events}; lower them"
+            )
+        vocabularies = _write_vocabularies(engine, ["user", "item", *config.context_columns], staging.root)
+        store_schema = schema.history_schema(
+            user_type=engine.id_type("user"),
+            event_id_type=engine.id_type("event_id"),
+            context_columns=config.context_columns,
+        )
+        written = write_histories(
+            engine.sorted_batches(num_buckets=config.num_buckets),
+            root=staging.root,
+            schema=store_schema,
+            row_group_events=config.row_group_events,
+        )
+    finally:
+        engine.close()
+    dropped = {f"dropped_{what}": counts[f"read_{what}"] - counts[what] for what in ("events", "users", "items")}
+    content = {
+        "name": config.name,
+        "time_unit": config.timestamp_unit.value,
+        "num_users": counts["users"],
+        "num_events": counts["events"],
+        "num_buckets": config.num_buckets,
+        "bucket_hash": BUCKET_HASH,
+        "schema": _describe_schema(store_schema),
+        "files": [_describe(staging.root, file) for file in written],
+        "vocabularies": vocabularies,
+        "source": {"format": format, "columns": roles, "files": inputs},
+        "filters": {"min_item_events": config.min_item_events, "min_user_events": config.min_user_events} | dropped,
+    }
+    staging.drop_work()
+    manifest.write_manifest(staging.root, content)
+    size = sum(entry["bytes"] for entry in [*content["files"], *vocabularies.values()])
+    kept = {key: counts[key] for key in ("users", "items", "events", "read_events")}
+    return {**kept, **dropped, "input_files": len(paths), "data_files": len(written), "bytes": size}
+
+
+def _write_vocabularies(engine: DuckEngine, columns: list[str], root: Path) -> dict:
+    (root / "vocab").mkdir()
+    entries = {}
+    for column in columns:
+        path = root / "vocab" / f"{column}.parquet"
+        vocabulary = engine.vocabulary(column)
+        vocabulary.write(path)
+        described = manifest.describe_file(root, path)
+        entries[column] = {"size": vocabulary.size, "type": engine.id_type(column), **described}
+    return entries
+
+
+def _describe_schema(store_schema) -> dict:
+    leaves = store_schema.field(schema.EVENTS).type.value_type
+    return {
+        schema.USER: str(store_schema.field(schema.USER).type),
+        schema.EVENTS: {leaf.name: str(leaf.type) for leaf in leaves},
+    }
+
+
+def _describe(root: Path, file: WrittenFile) -> dict:
+    return {
+        **manifest.describe_file(root, file.path),
+        "num_users": sum(users for users, _ in file.row_groups),
+        "num_events": sum(events for _, events in file.row_groups),
+        "row_groups": [list(group) for group in file.row_groups],
+        "min_time": file.min_time,
+        "max_time": file.max_time,
+    }

@@ -1,0 +1,40 @@
+"""Names and Arrow types of a history store: one row per user, one list<struct> column of events.
+
+    user_id: int64 | string
+    events:  list<struct<timestamp: int64, [event_id: int64 | string,] item: int64, context columns: int64 ...>>
+
+Parquet shreds the struct, so one leaf (`events.list.element.item`) is read without the others, and columns can
+not get unequal lengths. Nothing is nullable: flat values come back without a validity mask.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+USER = "user_id"
+EVENTS = "events"
+TIMESTAMP = "timestamp"
+EVENT_ID = "event_id"
+ITEM = "item"
+# What an event column may not be called: leaves of the store itself, and keys that batches add.
+RESERVED_NAMES = frozenset({USER, "user", TIMESTAMP, EVENT_ID, ITEM, "gap", "candidate", "slot"})
+UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+ARROW_TYPES = {"int64": pa.int64(), "string": pa.string()}
+
+
+def history_schema(*, user_type: str, event_id_type: str | None, context_columns: list[str]) -> pa.Schema:
+    """Arrow schema of the data files; types by name ("int64" or "string")."""
+    leaves = [pa.field(TIMESTAMP, pa.int64(), nullable=False)]
+    if event_id_type is not None:
+        leaves.append(pa.field(EVENT_ID, ARROW_TYPES[event_id_type], nullable=False))
+    leaves += [pa.field(name, pa.int64(), nullable=False) for name in [ITEM, *context_columns]]
+    events = pa.list_(pa.field("element", pa.struct(leaves), nullable=False))
+    return pa.schema(
+        [pa.field(USER, ARROW_TYPES[user_type], nullable=False), pa.field(EVENTS, events, nullable=False)]
+    )
+
+
+def leaf_path(column: str) -> str:
+    """Parquet path of one event column: what `columns=[...]` of a Parquet reader takes."""
+    return f"{EVENTS}.list.element.{column}"

@@ -1,0 +1,178 @@
+"""Input files of an ingest: finding them, checking their columns, and the SQL that reads each as (text | int64).
+
+A column has one of two kinds after reading: "int64" (integer Parquet columns) or "text" (all of CSV/TSV, and Parquet
+strings). Whether text ids are really integers is decided later over the distinct values of ALL files (engine.py), not
+by sniffing the first rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+
+SUFFIXES = {
+    "csv": (".csv", ".csv.gz"),
+    "tsv": (".tsv", ".tsv.gz"),
+    "parquet": (".parquet", ".pq"),
+}
+DELIMITERS = {"csv": ",", "tsv": "\\t"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. scan: SQL table function. raw: column -> SQL of the value as it stands in the file.
+    kinds: column -> "int64" | "text" | "float" | "time" (the last two in Parquet only)."""
+
+    path: Path
+    scan: str
+    raw: dict[str, str]
+    kinds: dict[str, str]
+
+
+def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Path], str]:
+    """Files in the order of `inputs`; a folder (recursively) or a glob gives its files sorted by path.
+
+    Returns (paths, "csv" | "tsv" | "parquet"). The order matters: it breaks ties between equal timestamps.
+    """
+    known = [suffix for name, suffixes in SUFFIXES.items() if format in ("auto", name) for suffix in suffixes]
+    paths: list[Path] = []
+    for entry in inputs:
+        if Path(entry).is_dir():
+            found = [p for p in sorted(Path(entry).rglob("*")) if p.name.endswith(tuple(known)) and _is_data(p, entry)]
+        elif Path(entry).is_file():
+            found = [Path(entry)]
+        else:
+            found = [p for p in map(Path, sorted(glob.glob(entry, recursive=True))) if p.is_file()]
+        if not found:
+            raise DataError(f"input '{entry}': no file matches (looked for {', '.join(known)}); check the path")
+        paths += found
+    if not paths:
+        raise DataError("input is empty: give at least one file, glob or folder")
+    if len(twice := {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else ()):
+        raise DataError(f"{min(twice)}: matched twice by input; each event would be counted twice")
+    if format == "auto":
+        formats = {p: _format_of(p) for p in paths}
+        if len(set(formats.values())) > 1:
+            one, *_, other = sorted(formats, key=lambda p: formats[p])
+            raise DataError(f"input mixes formats: {one} is {formats[one]}, {other} is {formats[other]}; ingest one")
+        format = formats[paths[0]]
+    return paths, format
+
+
+def open_source(path: Path, *, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
+    """Checks that `columns` (role -> column name) are there. settings: role -> config key, for the remedy's sake."""
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: empty file (0 bytes); remove it from input")
+    return (_open_parquet if format == "parquet" else _open_text)(path, format, columns, settings)
+
+
+def time_sql(value: str, kind: str, unit: str) -> str:
+    """SQL of a timestamp as BIGINT in `unit`; NULL where it is null, not a number, negative, fractional or too big."""
+    if kind == "time":
+        factor = 10**9 // UNITS_PER_SECOND[unit]
+        return f"CASE WHEN {value} >= 0 AND {value} % {factor} = 0 THEN {value} // {factor} END"
+    if kind == "int64":
+        return f"CASE WHEN {value} >= 0 THEN TRY_CAST({value} AS BIGINT) END"
+    number = f"TRY_CAST({value} AS DOUBLE)"  # NaN counts as greater than all else, hence isfinite
+    return (
+        f"CASE WHEN isfinite({number}) AND {number} >= 0 AND {number} = floor({number}) "
+        f"THEN TRY_CAST({value} AS BIGINT) END"
+    )
+
+
+def id_sql(value: str, kind: str) -> str:
+    """SQL of an id: BIGINT, or VARCHAR with the empty string as NULL."""
+    return f"TRY_CAST({value} AS BIGINT)" if kind == "int64" else f"nullif({value}, '')"
+
+
+def _is_data(path: Path, root: str) -> bool:
+    # Spark and friends leave _SUCCESS, _temporary/ and .crc files beside the data.
+    return path.is_file() and not any(part.startswith(("_", ".")) for part in path.relative_to(root).parts)
+
+
+def _format_of(path: Path) -> str:
+    for name, suffixes in SUFFIXES.items():
+        if path.name.endswith(suffixes):
+            return name
+    raise DataError(f"{path}: format unknown from its name; set format to csv, tsv or parquet")
+
+
+def _open_text(path: Path, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
+    opener = gzip.open if path.name.endswith(".gz") else open
+    delimiter = "\t" if format == "tsv" else ","
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file, delimiter=delimiter), [])
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
+    _require(path, header, columns, settings)
+    # Positional names: SQL names ignore case, headers need not.
+    names = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(header)))
+    scan = (
+        f"read_csv({quote(glob.escape(str(path)))}, delim='{DELIMITERS[format]}', quote='\"', escape='\"', "
+        f"header=true, auto_detect=false, columns={{{names}}})"
+    )
+    raw = {role: f"c{header.index(name)}" for role, name in columns.items()}
+    return Source(path, scan, raw, dict.fromkeys(columns, "text"))
+
+
+def _open_parquet(path: Path, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
+    try:
+        file = pq.ParquetFile(path)
+        schema, num_rows = file.schema_arrow, file.metadata.num_rows
+        file.close()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet ({error}); truncated? write or copy it again") from error
+    _require(path, schema.names, columns, settings)
+    if num_rows == 0:
+        raise DataError(f"{path}: no events (0 rows); remove it from input")
+    scan = f"read_parquet({quote(glob.escape(str(path)))}, hive_partitioning=false)"
+    raw, kinds = {}, {}
+    for role, name in columns.items():
+        kinds[role] = _parquet_kind(path, role, name, schema.field(name).type, settings)
+        sql = '"' + name.replace('"', '""') + '"'
+        if kinds[role] == "time":
+            sql = f"epoch_ns(CAST({sql} AS TIMESTAMP_NS))"
+        elif kinds[role] == "text":
+            sql = f"CAST({sql} AS VARCHAR)"
+        raw[role] = sql
+    return Source(path, scan, raw, kinds)
+
+
+def _parquet_kind(path: Path, role: str, name: str, type: pa.DataType, settings: dict[str, str]) -> str:
+    if pa.types.is_dictionary(type):
+        type = type.value_type
+    is_text = pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_null(type)
+    is_number = pa.types.is_floating(type) or pa.types.is_decimal(type)
+    if pa.types.is_integer(type):
+        return "int64"
+    if is_text or (role not in ("user", "item", "timestamp", "event_id") and (is_number or pa.types.is_boolean(type))):
+        return "text"
+    if role == "timestamp" and is_number:
+        return "float"
+    if role == "timestamp" and (pa.types.is_timestamp(type) or pa.types.is_date(type)):
+        return "time"
+    wanted = "an integer, a number or a timestamp" if role == "timestamp" else "int64 or string"
+    raise DataError(
+        f"{path}: column '{name}' is {type}, {settings[role]} must be {wanted}; cast it, or name another column"
+    )
+
+
+def _require(path: Path, names: list[str], columns: dict[str, str], settings: dict[str, str]) -> None:
+    for role, name in columns.items():
+        if names.count(name) != 1:
+            what = "missing" if name not in names else "not unique"
+            raise DataError(f"{path}: column '{name}' is {what}; it has: {', '.join(names)}. Set {settings[role]}")
+
+
+def quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,1 @@
+"""The ELASTIC tower: linear dispatcher attention over events, started from an interest memory."""

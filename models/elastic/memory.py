@@ -1,0 +1,146 @@
+"""Interest memory: a large bank of interest vectors, of which each user reads a few.
+
+Legend: B users, T events, D width, K experts, M = num_keys^2 slots, S = memory heads * top_r slots read per expert.
+
+    c_k     = seed_k + one aggregate pass of the seed over the user's events          (B, K, D)
+    query_k = LayerNorm(c_k Wq), per memory head; product keys -> top_r slot ids, weights = softmax of their scores
+    P0_k    = seed_k + sum_s weight_s · bank[slot_s]
+
+Paper: the idea. Ours: the formulas above. The sum is weighted by score, which is how the query net and the sub-keys
+get gradients. The bank is a TorchRec table whose ids are made in forward, so a planner shards it like any other.
+
+`InterestMemory` owns an EmbeddingCollection, hence TorchRec's pipelines trace its forward: it only calls sub-modules,
+and all tensor code stands in `SlotSelector` and `SlotReader`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.layer import Aggregate
+from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.ops.product_key import product_key_topk
+
+
+class Seeds(nn.Module):
+    """K learned experts, the same for every user: forward(layout) -> (B, K, D)."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.seeds_KD = nn.Parameter(torch.randn(config.experts, config.width))
+
+    def forward(self, layout: TileLayout) -> torch.Tensor:
+        return self.seeds_KD.expand(layout.num_users, -1, -1)
+
+
+class Selection(NamedTuple):
+    """features: KeyedJaggedTensor, key "slot", B rows of K*S slot ids. weights_BKS. seeds_BKD."""
+
+    features: KeyedJaggedTensor
+    weights_BKS: torch.Tensor
+    seeds_BKD: torch.Tensor
+
+
+class SlotSelector(nn.Module):
+    """forward(tokens_TD, layout) -> Selection. Counts the slots it picks while training (see `usage`)."""
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig):
+        super().__init__()
+        self.heads, self.top_r = memory.heads, memory.top_r
+        width = config.width
+        self.seeds = Seeds(config)
+        self.norm_seeds = nn.LayerNorm(width)
+        self.norm_tokens = nn.LayerNorm(width)
+        self.aggregate = Aggregate(width, config.heads)
+        self.query = nn.Linear(width, memory.heads * width, bias=False)
+        self.norm_query = nn.LayerNorm(width)
+        half = width // 2
+        self.subkeys = nn.Parameter(torch.randn(memory.heads, 2, memory.num_keys, half) * half**-0.5)
+        self.register_buffer("counts", torch.zeros(memory.num_slots, dtype=torch.int32), persistent=False)
+
+    def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> Selection:
+        seeds_BKD = self.seeds(layout)
+        context_BKD = seeds_BKD + self.aggregate(self.norm_seeds(seeds_BKD), self.norm_tokens(tokens_TD), layout)
+        B, K, D = context_BKD.shape
+        query_QHD = self.norm_query(self.query(context_BKD).view(B * K, self.heads, D))
+        slot_ids_QHr, scores_QHr = product_key_topk(query_QHD, self.subkeys, self.top_r)
+        slot_ids = slot_ids_QHr.reshape(-1)
+        if self.training:
+            self.counts.index_add_(0, slot_ids, torch.ones_like(slot_ids, dtype=self.counts.dtype))
+        per_user = K * self.heads * self.top_r
+        features = KeyedJaggedTensor(
+            keys=["slot"],
+            values=slot_ids,
+            lengths=torch.full((B,), per_user, dtype=torch.int64, device=slot_ids.device),
+            offsets=torch.arange(B + 1, device=slot_ids.device) * per_user,
+            stride=B,
+        )
+        return Selection(features, scores_QHr.softmax(-1).reshape(B, K, -1), seeds_BKD)
+
+
+class SlotReader(nn.Module):
+    """forward(looked_up, weights_BKS, seeds_BKD) -> first experts (B, K, D)."""
+
+    def forward(
+        self, looked_up: dict[str, JaggedTensor], weights_BKS: torch.Tensor, seeds_BKD: torch.Tensor
+    ) -> torch.Tensor:
+        B, K, S = weights_BKS.shape
+        slots_XSD = looked_up["slot"].values().view(B * K, S, -1)  # a sharded lookup is waited for here
+        return seeds_BKD + torch.bmm(weights_BKS.view(B * K, 1, S), slots_XSD).view(B, K, -1)
+
+
+class InterestMemory(nn.Module):
+    """forward(tokens_TD, layout) -> the experts that the first layer starts from (B, K, D).
+
+    device: where the bank is made ("meta": when it is sharded); everything else is made on the CPU.
+    """
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
+        super().__init__()
+        self.select = SlotSelector(config, memory)
+        self.bank = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(
+                    name="bank",
+                    num_embeddings=memory.num_slots,
+                    embedding_dim=config.width,
+                    feature_names=["slot"],
+                    init_fn=partial(nn.init.normal_, std=config.width**-0.5),
+                )
+            ],
+            device=torch.device(device or "cpu"),
+        )
+        self.read = SlotReader()
+
+    def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> torch.Tensor:
+        selection = self.select(tokens_TD, layout)
+        looked_up = self.bank(selection.features)
+        return self.read(looked_up, selection.weights_BKS, selection.seeds_BKD)
+
+    def usage(self, *, reset: bool = False) -> dict[str, float]:
+        """Use of the slots in training since the last reset; see `slot_usage`. For several ranks add up
+        `memory.select.counts` over the ranks and call `slot_usage` yourself."""
+        figures = slot_usage(self.select.counts)
+        if reset:
+            self.select.counts.zero_()
+        return figures
+
+
+def slot_usage(counts_M: torch.Tensor) -> dict[str, float]:
+    """share: slots hit at least once / M. effective: exp of the entropy of the hits, M if all are hit alike (0: none).
+
+    O(M) and one host sync: call it per epoch.
+    """
+    counts_M = counts_M.double()
+    p_M = counts_M / counts_M.sum().clamp_min(1)
+    entropy = -torch.special.xlogy(p_M, p_M).sum()
+    effective = entropy.exp() * (counts_M.sum() > 0)
+    return {"share": (counts_M > 0).double().mean().item(), "effective": effective.item()}

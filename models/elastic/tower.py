@@ -1,0 +1,71 @@
+"""The ELASTIC tower: a user's events in, K interests and one summary vector out, in time linear in the events.
+
+Legend: B users (or prefixes), T events of all users, D width, K experts.
+
+Paper form (bidirectional): every event may see later ones of the same prefix, so targets must lie behind the prefix.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.layer import LDAStack
+from elastic_rec.models.elastic.memory import InterestMemory, Seeds
+from elastic_rec.models.elastic.recency import Recency
+from elastic_rec.models.jagged import TileLayout
+
+
+class TowerOutput(NamedTuple):
+    """interests (B, K, D), normalised, one row per expert; summary (B, D), all of them as one vector."""
+
+    interests: torch.Tensor
+    summary: torch.Tensor
+
+
+class Tiler(nn.Module):
+    """The one place where a batch's layout is made; a module because the tower's forward is traced."""
+
+    def forward(self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor) -> TileLayout:
+        return TileLayout.build(offsets_B1, tokens_TD.shape[0])
+
+
+class Summary(nn.Module):
+    """Experts -> (interests, summary). summary = sum over k of interest_k W_k (ours): expert k means the same thing for
+    every user, since it starts from seed k, so each may have its own map; pooling with shared weights would blur them.
+    """
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.mix = nn.Linear(config.experts * config.width, config.width)
+
+    def forward(self, experts_BKD: torch.Tensor) -> TowerOutput:
+        interests_BKD = self.norm(experts_BKD)
+        return TowerOutput(interests_BKD, self.mix(interests_BKD.flatten(1)))
+
+
+class ElasticTower(nn.Module):
+    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput.
+
+    `memory` is an InterestMemory, or None when switched off: experts then start from learned seeds alone.
+    TorchRec traces this forward (it owns the memory's bank): sub-module calls and indexing only.
+    """
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
+        super().__init__()
+        self.tiler = Tiler()
+        self.recency = Recency(config.width)
+        self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
+        self.seeds = None if memory.enabled else Seeds(config)
+        self.stack = LDAStack(config)
+        self.summary = Summary(config)
+
+    def forward(self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor) -> TowerOutput:
+        layout = self.tiler(tokens_TD, offsets_B1)
+        tokens_TD = self.recency(tokens_TD, times_s_T, layout)
+        experts_BKD = self.seeds(layout) if self.memory is None else self.memory(tokens_TD, layout)
+        return self.summary(self.stack(tokens_TD, experts_BKD, layout))

@@ -1,0 +1,1 @@
+"""Heads: from a user's interests to scores."""

@@ -1,0 +1,158 @@
+"""Retrieval: which item comes next, over the whole catalogue.
+
+Legend: B users, T their events laid end to end, R prefixes (several per user in training), P events of all prefixes
+laid end to end, D width, C candidates.
+
+    features -> embeddings (sharded) -> events (T, D) -> prefixes (P, D) -> tower -> query (R, D) -> softmax -> loss
+
+The batch (feature_store's PrefixBatch) is taken by its fields: features, times_s, starts, ends, targets, weights,
+log_q, normaliser. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only calls sub-modules, and
+the tensor code stands in the small modules above it. A sharded lookup is waited for where it is first indexed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.tower import ElasticTower, TowerOutput
+from elastic_rec.models.heads.softmax import SOFTMAX, SoftmaxKind
+
+
+@dataclass(frozen=True)
+class EventTable:
+    """One embedded column of an event: the key in the batch's features, and the ids it can take (0..num_rows-1)."""
+
+    name: str
+    num_rows: int
+
+
+class EventEncoder(nn.Module):
+    """What happened in an event: the sum of its columns' embeddings, normalised -> (T, D)."""
+
+    def __init__(self, names: list[str], width: int, dropout: float):
+        super().__init__()
+        self.names = names
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, embedded: dict[str, JaggedTensor]) -> torch.Tensor:
+        events_TD = embedded[self.names[0]].values()
+        for name in self.names[1:]:
+            events_TD = events_TD + embedded[name].values()
+        return self.dropout(self.norm(events_TD))
+
+
+class Prefixes(NamedTuple):
+    """tokens_PD, offsets_R1, times_s_P: every prefix with its own copy of its events."""
+
+    tokens_PD: torch.Tensor
+    offsets_R1: torch.Tensor
+    times_s_P: torch.Tensor
+
+
+class PrefixGather(nn.Module):
+    """Cut prefixes out of the shared T axis. Waits once for the device, to learn P."""
+
+    def forward(
+        self, events_TD: torch.Tensor, times_s_T: torch.Tensor, starts_R: torch.Tensor, ends_R: torch.Tensor
+    ) -> Prefixes:
+        lengths_R = ends_R - starts_R
+        offsets_R1 = torch.cat([lengths_R.new_zeros(1), lengths_R.cumsum(0)])
+        num_tokens = int(offsets_R1[-1])
+        shift_P = torch.repeat_interleave(starts_R - offsets_R1[:-1], lengths_R, output_size=num_tokens)
+        index_P = torch.arange(num_tokens, device=shift_P.device) + shift_P
+        return Prefixes(events_TD.index_select(0, index_P), offsets_R1, times_s_T.index_select(0, index_P))
+
+
+class QueryHead(nn.Module):
+    """Summary -> the vector whose dot product with an item's embedding is the item's score."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, output: TowerOutput) -> torch.Tensor:
+        return self.project(self.norm(output.summary))
+
+
+class RetrievalLoss(nn.Module):
+    """forward(query_RD, embedded, batch) -> (loss, per-row cross entropy). loss = sum(weights * ce) / normaliser."""
+
+    def __init__(self, kind: SoftmaxKind):
+        super().__init__()
+        self.softmax = SOFTMAX[kind]()
+
+    def forward(self, query_RD: torch.Tensor, embedded: dict[str, JaggedTensor], batch) -> tuple[torch.Tensor, ...]:
+        ids_C = batch.features["candidate"].values()
+        loss_R = self.softmax(query_RD, embedded["candidate"].values(), ids_C, batch.targets, batch.log_q)
+        return (batch.weights * loss_R).sum() / batch.normaliser, loss_R.detach()
+
+
+class RetrievalModel(nn.Module):
+    """forward(batch) -> (loss, (query_RD, loss_R)); query(batch) -> query_RD, score(item) = query . item_table[item].
+
+    tables: "item" first, then one per further column of an event (the time gap is such a column).
+    device: where tables are made ("meta": when sharded); dense parameters are always made on the CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        tables: list[EventTable],
+        tower: TowerConfig,
+        memory: MemoryConfig,
+        softmax: SoftmaxKind | str = SoftmaxKind.full,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        names = [table.name for table in tables]
+        if not names or names[0] != "item" or len(set(names)) < len(names) or "candidate" in names:
+            raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
+        # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
+        # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.
+        init_fn = partial(nn.init.normal_, std=0.5 * tower.width**-0.5)
+        self.embeddings = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(
+                    name=table.name,
+                    num_embeddings=table.num_rows,
+                    embedding_dim=tower.width,
+                    feature_names=["item", "candidate"] if table.name == "item" else [table.name],
+                    init_fn=init_fn,
+                )
+                for table in tables
+            ],
+            device=torch.device(device or "cpu"),
+        )
+        self.events = EventEncoder(names, tower.width, tower.dropout)
+        self.prefixes = PrefixGather()
+        self.tower = ElasticTower(tower, memory, device=device)
+        self.head = QueryHead(tower.width)
+        self.loss = RetrievalLoss(SoftmaxKind(softmax))
+
+    def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        embedded = self.embeddings(batch.features)
+        query_RD = self.head(self._encode(embedded, batch))
+        loss = self.loss(query_RD, embedded, batch)
+        return loss[0], (query_RD, loss[1])
+
+    def query(self, batch) -> torch.Tensor:
+        return self.head(self.encode(batch))
+
+    def encode(self, batch) -> TowerOutput:
+        return self._encode(self.embeddings(batch.features), batch)
+
+    def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
+        events_TD = self.events(embedded)
+        prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
+        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P)

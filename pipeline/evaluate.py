@@ -1,0 +1,36 @@
+"""Trained model -> ranking metrics over the whole catalogue, beside popularity and last-item baselines.
+
+torchrun --nproc-per-node 2 pipeline/evaluate.py run=runs/ml100k
+"""
+
+from pathlib import Path
+
+from elastic_rec.pipeline.baselines import fit_baselines
+from elastic_rec.pipeline.evaluation import evaluate
+from elastic_rec.pipeline.files import write_json
+from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.run_folder import load_model
+from elastic_rec.pipeline.schema import EvaluateConfig
+
+
+@verb("evaluate", EvaluateConfig, distributed=True)
+def main(config: EvaluateConfig, world: World) -> dict:
+    task, model, step = load_model(config.run, checkpoint=config.checkpoint, world=world, parallel=config.parallel)
+    figures = evaluate(
+        task,
+        model,
+        stage=config.stage,
+        k=config.k,
+        length_edges=config.length_edges,
+        batch_size=config.batch_size,
+        baselines=fit_baselines(task, batch_size=config.batch_size),
+    )
+    figures = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size, **figures}
+    if world.is_main:
+        target = Path(config.run) / ("metrics.json" if config.stage == "test" else f"metrics_{config.stage}.json")
+        write_json(target, figures)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

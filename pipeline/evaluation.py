@@ -1,0 +1,106 @@
+"""Held-out targets ranked against the whole catalogue, by the model and by two baselines, in one pass each."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from elastic_rec.feature_store.batch import Histories
+from elastic_rec.feature_store.splits import split_bounds
+from elastic_rec.feature_store.vocabulary import FIRST
+from elastic_rec.models.elastic.memory import slot_usage
+from elastic_rec.pipeline.baselines import Baseline
+from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
+from elastic_rec.pipeline.retrieval import ShardedCatalogue
+from elastic_rec.pipeline.sharding import local_rows
+from elastic_rec.pipeline.task import NextItemTask
+
+
+def evaluate(
+    task: NextItemTask,
+    model: nn.Module,
+    *,
+    stage: str,
+    k: list[int],
+    length_edges: list[int],
+    batch_size: int,
+    baselines: list[Baseline] = (),
+) -> dict:
+    """Metrics of the model's ranking of each user's held-out item. Collective.
+
+    The main figures rank the target among items the user has not seen; "seen_kept" among all items.
+    Every baseline gets the same users, targets and candidates, under its name.
+    """
+    world = task.world
+    new = lambda: RankingMetrics(k=k, length_edges=length_edges, device=world.device)  # noqa: E731
+    unseen, kept = new(), new()
+    others = [new() for _ in baselines]
+    coverage = Coverage(num_items=task.num_items, first_item=FIRST, device=world.device)
+    model.eval()
+    with torch.no_grad():
+        catalogue = open_catalogue(model, world)
+        for histories, batch in task.held_out(stage, batch_size=batch_size):
+            batch = batch.to(world.device)
+            query_RD = model.query(batch)
+            real = batch.weights > 0
+            seen = seen_pairs(histories, task, stage)
+            length_R = torch.from_numpy(positions(histories, task, stage)).to(world.device)
+            rank_all, rank_unseen = catalogue.rank_targets(query_RD, batch.targets, seen)
+            kept.update(rank_all[real], length_R[real])
+            unseen.update(rank_unseen[real], length_R[real])
+            top_ids, _ = catalogue.top_k(query_RD, 10, seen)
+            coverage.update(top_ids[real])
+            last = last_items(histories, task, stage)
+            for baseline, metrics in zip(baselines, others, strict=True):
+                rank_R = baseline.rank_targets(last.to(world.device), batch.targets, seen)
+                metrics.update(rank_R[real], length_R[real])
+    result = {**unseen.compute(), "coverage@10": coverage.compute(), "seen_kept": kept.compute()}
+    result["baselines"] = {b.name: metrics.compute() for b, metrics in zip(baselines, others, strict=True)}
+    return result
+
+
+def open_catalogue(model: nn.Module, world: World) -> ShardedCatalogue:
+    """The catalogue over the model's own item rows; items below FIRST are never ranked."""
+    first_row, weight_VD = local_rows(model, "item")
+    return ShardedCatalogue(first_row=first_row, weight_VD=weight_VD.detach(), first_item=FIRST, world=world)
+
+
+def memory_usage(model: nn.Module) -> dict[str, float]:
+    """Use of the memory's slots over all ranks since the last call: share hit, effective number. Collective."""
+    memory = model.tower.memory
+    if memory is None:
+        return {}
+    counts_M = memory.select.counts
+    dist.all_reduce(counts_M)
+    usage = slot_usage(counts_M)
+    counts_M.zero_()
+    return {f"memory_{name}": value for name, value in usage.items()}
+
+
+def positions(histories: Histories, task: NextItemTask, stage: str):
+    """(B,) how many events each user has before the held-out one (all of them when scoring)."""
+    if stage == "score":
+        return histories.offsets[1:] - histories.offsets[:-1]
+    return getattr(split_bounds(task.config.data.split, histories), stage).clip(min=0)
+
+
+def seen_pairs(histories: Histories, task: NextItemTask, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(user number in the batch, item) of every event before the held-out one, the whole history."""
+    offsets = torch.from_numpy(histories.offsets)
+    before = torch.from_numpy(positions(histories, task, stage))
+    owner = torch.repeat_interleave(torch.arange(len(before)), offsets.diff())
+    place = torch.arange(len(owner)) - offsets[:-1][owner]
+    keep = place < before[owner]
+    items = torch.from_numpy(histories.columns["item"])
+    device = task.world.device
+    return owner[keep].to(device), items[keep].to(device)
+
+
+def last_items(histories: Histories, task: NextItemTask, stage: str) -> torch.Tensor:
+    """(B,) the newest item before the held-out one, 0 where there is none."""
+    offsets = torch.from_numpy(histories.offsets)
+    before = torch.from_numpy(positions(histories, task, stage))
+    items = torch.cat([torch.from_numpy(histories.columns["item"]), torch.zeros(1, dtype=torch.int64)])
+    return items[offsets[:-1] + before - 1].where(before > 0, 0)

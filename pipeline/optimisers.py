@@ -1,0 +1,100 @@
+"""Two kinds of optimiser behind one step(): row-wise Adagrad fused into the tables' backward, AdamW for the rest."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+
+@dataclass
+class OptimConfig:
+    global_batch_size: int = field(default=128, metadata={"help": "users per step, over all ranks"})
+    epochs: int = field(default=20, metadata={"help": "passes over the users, at most"})
+    max_steps: int = field(default=0, metadata={"help": "stop after this many steps; 0: no limit"})
+    patience: int = field(
+        default=5, metadata={"help": "stop when validation has not improved for this many epochs; 0: never"}
+    )
+    dense_lr: float = field(default=1e-3, metadata={"help": "AdamW learning rate of everything that is not a table"})
+    dense_weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay, on matrices only"})
+    table_lr: float = field(default=0.05, metadata={"help": "row-wise Adagrad learning rate of the event tables"})
+    bank_lr: float = field(default=0.1, metadata={"help": "row-wise Adagrad learning rate of the interest memory"})
+    table_eps: float = field(default=1e-8, metadata={"help": "row-wise Adagrad epsilon"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up of every learning rate"})
+    final_lr_ratio: float = field(
+        default=0.1, metadata={"help": "learning rates fall on a cosine to this share of their start by the last step"}
+    )
+    clip_norm: float = field(default=1.0, metadata={"help": "largest norm of the dense gradient"})
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "epochs", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)}: must be above 0")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"optim.final_lr_ratio={self.final_lr_ratio}: set a share between 0 and 1")
+
+
+def attach_table_optimisers(model: nn.Module, config: OptimConfig) -> None:
+    """Give every table its fused optimiser, with its own learning rate. Must run before sharding."""
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            for table in module.embedding_configs():
+                lr = config.bank_lr if table.name == "bank" else config.table_lr
+                parameters = [module.embeddings[table.name].weight]
+                apply_optimizer_in_backward(RowWiseAdagrad, parameters, {"lr": lr, "eps": config.table_eps})
+
+
+def build_optimiser(
+    model: DistributedModelParallel, config: OptimConfig, *, total_steps: int
+) -> tuple[CombinedOptimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """The combined optimiser of a sharded model and its schedule.
+
+    The loop is zero_grad(); backward() (tables are updated here); step(); scheduler.step(). zero_grad must be the
+    combined one each step: that is when a new learning rate reaches the fused kernels.
+    """
+    dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    dense = KeyedOptimizerWrapper(dense_parameters, lambda parameters: _adamw(parameters, config))
+    _make_state(dense)
+    clipped = GradientClippingOptimizer(dense, clipping=GradientClipping.NORM, max_gradient=config.clip_norm)
+    combined = CombinedOptimizer([("fused", model.fused_optimizer), ("dense", clipped)])
+    return combined, torch.optim.lr_scheduler.LambdaLR(combined, lambda step: lr_factor(step, config, total_steps))
+
+
+def _make_state(dense: KeyedOptimizerWrapper) -> None:
+    """Create AdamW's state now, as if before the first step: a checkpoint silently loads only state that exists."""
+    rates = [group["lr"] for group in dense.param_groups]
+    for group in dense.param_groups:
+        group["lr"] = 0.0  # init_state takes a step with zero gradients; at rate 0 not even weight decay acts
+    dense.init_state()
+    for group, rate in zip(dense.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in dense.state.values():
+        state["step"].zero_()
+    dense.zero_grad()
+
+
+def lr_factor(step: int, config: OptimConfig, total_steps: int) -> float:
+    """Linear warm-up, then a cosine to final_lr_ratio at the last step."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _adamw(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.AdamW:
+    matrices = [p for p in parameters if p.dim() >= 2]
+    others = [p for p in parameters if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.dense_weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.dense_lr)

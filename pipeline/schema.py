@@ -1,0 +1,115 @@
+"""The typed configuration of every verb. YAML files in configs/ only pick values; unknown keys and wrong types fail here.
+
+Each part's dataclass stands beside the code it configures; this file puts them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elastic_rec.feature_store.datasets import DatasetConfig
+from elastic_rec.feature_store.ingest import IngestConfig
+from elastic_rec.feature_store.splits import SplitConfig
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.pipeline.losses import LossConfig
+from elastic_rec.pipeline.optimisers import OptimConfig
+from elastic_rec.pipeline.sharding import ParallelConfig
+
+
+@dataclass
+class DataConfig:
+    store: str = field(default="", metadata={"help": "folder of the history store that ingest writes and others read"})
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "event columns to embed beside the item, e.g. [action]"}
+    )
+    max_history: int = field(default=200, metadata={"help": "newest events of a prefix that reach the model"})
+    cuts: int = field(default=4, metadata={"help": "prefixes drawn per user and step; each has its own target"})
+    split: SplitConfig = field(default_factory=SplitConfig, metadata={"help": "how targets are held out"})
+    dataset: DatasetConfig = field(default_factory=DatasetConfig, metadata={"help": "where raw events come from"})
+    ingest: IngestConfig = field(
+        default_factory=lambda: IngestConfig(out="${data.store}"),
+        metadata={"help": "how raw events become a history store"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_history", "cuts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass
+class RunConfig:
+    dir: str = field(default="runs/default", metadata={"help": "run folder: config, plan, checkpoints, metrics"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, order, cuts and dropout"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest complete checkpoint, if there is one"})
+    checkpoint_every: int = field(
+        default=0, metadata={"help": "also write a checkpoint every so many steps; 0: at the end of each epoch only"}
+    )
+    keep_last: int = field(default=2, metadata={"help": "newest checkpoints kept; the best is always kept"})
+    log_every: int = field(default=20, metadata={"help": "steps between two lines of metrics"})
+    pipelined: bool = field(
+        default=True,
+        metadata={"help": "overlap input and all-to-all with compute (TorchRec's TrainPipelineSparseDist)"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 1:
+            raise ValueError(
+                f"run.keep_last={self.keep_last}: keep at least 1, a run without a checkpoint cannot resume"
+            )
+
+
+@dataclass
+class IngestVerbConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class TrainConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TowerConfig = field(default_factory=TowerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    run: str = field(default="", metadata={"help": "run folder of a trained model"})
+    checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
+    stage: str = field(default="test", metadata={"help": "test or valid targets"})
+    k: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "list lengths of HR, NDCG, coverage"})
+    length_edges: list[int] = field(
+        default_factory=lambda: [20, 50, 100, 200],
+        metadata={"help": "edges of the history-length buckets metrics are also reported by"},
+    )
+    batch_size: int = field(default=256, metadata={"help": "users per batch, over all ranks"})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.stage not in ("test", "valid"):
+            raise ValueError(f"stage={self.stage!r}: set test or valid")
+        if 10 not in self.k:
+            raise ValueError(f"k={self.k}: must contain 10, the length models are compared by")
+
+
+@dataclass
+class ScoreConfig:
+    run: str = field(default="", metadata={"help": "run folder of a trained model"})
+    out: str = field(default="", metadata={"help": "folder for the Parquet parts"})
+    checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
+    store: str = field(default="", metadata={"help": "history store to score; empty: the one the model was trained on"})
+    k: int = field(default=10, metadata={"help": "items per user"})
+    exclude_seen: bool = field(default=True, metadata={"help": "leave out items of the user's own history"})
+    batch_size: int = field(default=256, metadata={"help": "users per batch and rank"})
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass
+class DemoConfig:
+    data: str = field(default="ml100k", metadata={"help": "data set: a name in configs/data"})
+    out: str = field(default="runs/demo", metadata={"help": "folder for store, run, scores and plot; emptied first"})
+    ranks: int = field(default=2, metadata={"help": "training and scoring processes"})
+    train: list[str] = field(default_factory=list, metadata={"help": "more overrides for train.py"})

@@ -1,0 +1,138 @@
+"""From a plain model to a sharded one: init, planner, DistributedModelParallel, and the plan as a table.
+
+Item and bank tables are sharded row-wise (each rank owns a contiguous range of rows); small context tables sit
+whole on one rank. Only FBGEMM's fused kernel is used: on CPU the dense one is broken (docs/explanation/training.md).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.types import ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingCollection
+
+from elastic_rec.pipeline.errors import ConfigError
+from elastic_rec.pipeline.launch import World
+
+GIB = 1 << 30
+
+
+@dataclass
+class ParallelConfig:
+    device: str = field(default="auto", metadata={"help": "auto (CUDA where there is one), cpu or cuda"})
+    row_wise_tables: list[str] = field(
+        default_factory=lambda: ["item", "bank"],
+        metadata={"help": "tables whose rows are spread over all ranks; the planner places the others whole"},
+    )
+    device_memory_gib: float = field(
+        default=8.0, metadata={"help": "memory per rank the planner may fill with tables (GPU memory on CUDA), GiB"}
+    )
+    host_init_gib: float = field(
+        default=2.0,
+        metadata={
+            "help": "tables up to this size are initialised whole on every host, so that the start does not depend "
+            "on the number of ranks; larger ones are initialised shard by shard"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"parallel.device={self.device!r}: set auto, cpu or cuda")
+
+
+def init_device(table_rows: int, width: int, config: ParallelConfig) -> torch.device:
+    """Where to create the tables before sharding: on the host (same values for any world size) or on meta."""
+    return torch.device("cpu" if table_rows * width * 4 <= config.host_init_gib * GIB else "meta")
+
+
+def shard(model: nn.Module, *, world: World, config: ParallelConfig, seed: int) -> DistributedModelParallel:
+    """Shard every EmbeddingCollection of `model` by a planner-made plan and wrap the dense rest in DDP.
+
+    Table optimisers must have been attached before (optimisers.attach_table_optimisers).
+    Raises ConfigError for a row-wise table with fewer rows than ranks or when the tables do not fit.
+    """
+    sharder = EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+    plan = make_plan(model, sharder, world=world, config=config)
+    # Tables made on meta are filled shard by shard: with one seed for all ranks, all shards would be equal.
+    torch.manual_seed(seed + 1 + world.rank)
+    return DistributedModelParallel(model, device=world.device, plan=plan, sharders=[sharder])
+
+
+def make_plan(
+    model: nn.Module, sharder: EmbeddingCollectionSharder, *, world: World, config: ParallelConfig
+) -> ShardingPlan:
+    constraints = {}
+    for table in tables(model):
+        row_wise = table.name in config.row_wise_tables
+        if row_wise and table.num_embeddings < world.size:
+            raise ConfigError(
+                f"table {table.name!r} has {table.num_embeddings} rows, fewer than the {world.size} ranks: "
+                f"start at most {table.num_embeddings} ranks, or take it out of parallel.row_wise_tables"
+            )
+        constraints[table.name] = ParameterConstraints(
+            sharding_types=["row_wise"] if row_wise else ["table_wise"], compute_kernels=["fused"]
+        )
+    cap = int(config.device_memory_gib * GIB)
+    on_cuda = world.device.type == "cuda"
+    topology = Topology(
+        world_size=world.size,
+        compute_device=world.device.type,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
+        **({"hbm_cap": cap} if on_cuda else {"ddr_cap": cap}),
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.1),
+    )
+    return planner.collective_plan(model, [sharder], dist.group.WORLD)
+
+
+def tables(model: nn.Module) -> list:
+    """The EmbeddingConfig of every table of an unsharded model."""
+    return [
+        table
+        for module in model.modules()
+        if isinstance(module, EmbeddingCollection)
+        for table in module.embedding_configs()
+    ]
+
+
+def plan_table(plan: ShardingPlan) -> str:
+    """The plan as aligned text: one line per table and rank."""
+    lines = [f"{'table':<28}{'sharding':<12}{'kernel':<8}{'rank':<6}rows"]
+    for path, parameters in plan.plan.items():
+        for name, how in parameters.items():
+            for part in how.sharding_spec.shards:
+                first, num_rows = part.shard_offsets[0], part.shard_sizes[0]
+                rank = part.placement.rank()
+                lines.append(
+                    f"{path + '.' + name:<28}{how.sharding_type:<12}{how.compute_kernel:<8}{rank:<6}"
+                    f"[{first}, {first + num_rows})"
+                )
+    return "\n".join(lines)
+
+
+def local_rows(model: nn.Module, table: str) -> tuple[int, torch.Tensor]:
+    """This rank's part of a row-wise (or unsharded) table: (first row, (rows, width) weights, not a copy)."""
+    ending = f"embeddings.{table}.weight"
+    for name, value in model.state_dict().items():
+        if name.endswith(ending):
+            break
+    else:
+        raise KeyError(f"no table {table!r} in the model")
+    if hasattr(value, "local_shards"):  # ShardedTensor
+        shards = value.local_shards()
+        if not shards:
+            return 0, torch.empty(0, value.size()[1])
+        return shards[0].metadata.shard_offsets[0], shards[0].tensor
+    return 0, value

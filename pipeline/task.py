@@ -1,0 +1,116 @@
+"""The next-item task: a store, a model that fits it, and batches for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
+from elastic_rec.feature_store.reader import HistoryReader
+from elastic_rec.feature_store.store import Store
+from elastic_rec.models.heads.retrieval import EventTable, RetrievalModel
+from elastic_rec.pipeline.errors import ConfigError
+from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.losses import FullCandidates, SampledCandidates
+from elastic_rec.pipeline.schema import TrainConfig
+from elastic_rec.pipeline.sharding import init_device
+
+
+class NextItemTask:
+    """What train, evaluate and score build alike from a training config."""
+
+    def __init__(self, config: TrainConfig, *, world: World, store: str = "") -> None:
+        self.config = config
+        self.world = world
+        self.store = Store.open(store or config.data.store)
+        self.columns = ["item", *config.data.columns]
+        self.num_items = self.store.vocabulary("item").size
+
+    def build_model(self) -> RetrievalModel:
+        """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib)."""
+        torch.manual_seed(self.config.run.seed)
+        tables = [EventTable(name, self.store.vocabulary(name).size) for name in self.columns]
+        tables.append(EventTable("gap", NUM_GAP_BUCKETS))
+        rows = sum(table.num_rows for table in tables) + self.config.memory.enabled * self.config.memory.num_keys**2
+        return RetrievalModel(
+            tables=tables,
+            tower=self.config.model,
+            memory=self.config.memory,
+            softmax=self.config.loss.softmax,
+            device=init_device(rows, self.config.model.width, self.config.parallel),
+        )
+
+    def train_reader(self) -> HistoryReader:
+        return self._reader(self.config.optim.global_batch_size, shuffle=True)
+
+    def train_batches(self, reader: HistoryReader, *, epoch: int, start_batch: int) -> Iterator[PrefixBatch]:
+        """This rank's share of each global batch of an epoch, from start_batch on."""
+        loss = self.config.loss
+        if loss.softmax == "full":
+            candidates = FullCandidates(self.num_items)
+        else:
+            counts = self.store.vocabulary("item").counts
+            candidates = SampledCandidates(counts, loss, seed=self.config.run.seed)
+        step = epoch * reader.num_batches + start_batch
+        for histories in reader.epoch(epoch, start_batch=start_batch):
+            yield self._batch(histories, "train", epoch=epoch, candidates=candidates.at_step(step))
+            step += 1
+
+    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:
+        """All users once, in store order, with their "valid" or "test" target (weight 0 where there is none)."""
+        for histories in self._reader(batch_size, shuffle=False).epoch(0):
+            yield histories, self._batch(histories, stage)
+
+    def file_batches(self, file_index: int, *, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:
+        """The users of one store file, whole histories, for scoring."""
+        for histories in self._reader(batch_size, shuffle=False).file_histories(file_index, batch_size):
+            yield histories, self._batch(histories, "score")
+
+    def _reader(self, global_batch_size: int, *, shuffle: bool) -> HistoryReader:
+        return HistoryReader(
+            self.store,
+            columns=self.columns,
+            global_batch_size=global_batch_size,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            shuffle=shuffle,
+            seed=self.config.run.seed,
+        )
+
+    def _batch(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
+        data = self.config.data
+        return make_prefix_batch(
+            histories,
+            split=data.split,
+            stage=stage,
+            cuts=data.cuts if stage == "train" else 1,
+            max_history=data.max_history,
+            seed=self.config.run.seed,
+            epoch=epoch,
+            world_size=self.world.size,
+            candidates=candidates,
+        )
+
+    def padding_batch(self) -> tuple[Histories, PrefixBatch]:
+        """One user without events: what a rank brings to a collective step when it has nothing left to do."""
+        nobody = Histories(
+            rows=np.full(1, -1, dtype=np.int64),
+            offsets=np.zeros(2, dtype=np.int64),
+            columns={name: np.zeros(0, dtype=np.int64) for name in self.columns},
+            times_s=np.zeros(0, dtype=np.int64),
+            num_global_users=0,
+        )
+        return nobody, self._batch(nobody, "score")
+
+    def check_tables(self, rows: dict[str, int]) -> None:
+        """Refuse a store whose vocabularies are not the ones a run was trained with."""
+        for name in self.columns:
+            have = self.store.vocabulary(name).size
+            if have != rows[name]:
+                raise ConfigError(
+                    f"store {self.store.path} has {have} ids in column {name!r}, the run's table has {rows[name]} rows: "
+                    "the ids would not mean the same items; use the store of the run, or train on this one"
+                )

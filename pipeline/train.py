@@ -1,0 +1,64 @@
+"""History store -> trained model.
+
+torchrun --nproc-per-node 2 pipeline/train.py data=ml100k run.dir=runs/ml100k
+python pipeline/train.py data=ml100k run.dir=runs/ml100k run.resume=true
+"""
+
+from elastic_rec.pipeline.checkpoints import Checkpoints
+from elastic_rec.pipeline.evaluation import evaluate, memory_usage
+from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.metrics_log import MetricsLog
+from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
+from elastic_rec.pipeline.run_folder import open_run
+from elastic_rec.pipeline.schema import TrainConfig
+from elastic_rec.pipeline.sharding import plan_table, shard
+from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.trainer import Trainer, planned_steps
+
+
+@verb("train", TrainConfig, distributed=True)
+def main(config: TrainConfig, world: World) -> dict:
+    task = NextItemTask(config, world=world)
+    reader = task.train_reader()
+    model = task.build_model()
+    attach_table_optimisers(model, config.optim)
+    run_dir = open_run(config, task=task, world=world)
+    model = shard(model, world=world, config=config.parallel, seed=config.run.seed)
+    world.say(plan_table(model.plan))
+    total_steps = planned_steps(config, reader.num_batches)
+    optimiser, scheduler = build_optimiser(model, config.optim, total_steps=total_steps)
+    log = MetricsLog(run_dir, world=world, total_steps=total_steps)
+
+    def validate() -> dict:
+        figures = evaluate(task, model.module, stage="valid", k=[10], length_edges=[50], batch_size=256 * world.size)
+        return {**figures, **memory_usage(model.module)}
+
+    trainer = Trainer(
+        model,
+        optimiser,
+        scheduler,
+        config=config,
+        world=world,
+        checkpoints=Checkpoints(run_dir, world=world, keep_last=config.run.keep_last),
+        log=log,
+        num_batches=reader.num_batches,
+        batches=lambda epoch, start: task.train_batches(reader, epoch=epoch, start_batch=start),
+        validate=validate,
+        user_ids=lambda rows: task.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist(),
+    )
+    if config.run.resume and not trainer.resume():
+        world.say(f"run.resume=true, but {run_dir} has no complete checkpoint: starting from the beginning")
+    progress = trainer.run()
+    log.close()
+    return {
+        "run": str(run_dir),
+        "steps": progress.step,
+        "epochs": progress.epoch,
+        "best_step": progress.best_step,
+        "valid_ndcg@10": progress.best,
+        "ranks": world.size,
+    }
+
+
+if __name__ == "__main__":
+    main()

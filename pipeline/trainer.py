@@ -1,0 +1,223 @@
+"""The training loop: epochs of steps, validation and a checkpoint after each, early stop, exact resume."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from elastic_rec.feature_store.batch import PrefixBatch
+from elastic_rec.pipeline.checkpoints import Checkpoints
+from elastic_rec.pipeline.errors import NonFiniteLossError
+from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.metrics_log import MetricsLog
+from elastic_rec.pipeline.schema import TrainConfig
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint. epoch and batch name the next batch to train on."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    best: float = float("-inf")
+    best_step: int = 0
+    bad_epochs: int = 0
+
+
+class Trainer:
+    """Trains a sharded model.
+
+    batches(epoch, start_batch) yields this rank's batches; validate() returns figures, "ndcg@10" among them;
+    user_ids(rows) names users in errors. Each rank's loss is its share of the global batch's loss, times ranks.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimiser: CombinedOptimizer,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
+        *,
+        config: TrainConfig,
+        world: World,
+        checkpoints: Checkpoints,
+        log: MetricsLog,
+        num_batches: int,
+        batches: Callable[[int, int], Iterator[PrefixBatch]],
+        validate: Callable[[], dict[str, Any]],
+        user_ids: Callable[[torch.Tensor], list],
+    ) -> None:
+        self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
+        self.config, self.world, self.checkpoints, self.log = config, world, checkpoints, log
+        self.num_batches, self.batches, self.validate, self.user_ids = num_batches, batches, validate, user_ids
+        self.progress = Progress()
+        self.total_steps = planned_steps(config, num_batches)
+
+    def resume(self) -> bool:
+        """Go on from the newest complete checkpoint; False where there is none."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return False
+        saved = self.checkpoints.load(step, self.model, self.optimiser)
+        self.progress = Progress(**saved["progress"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.log.forget_after(step)
+        self.world.say(f"resuming at step {step} (epoch {self.progress.epoch}, batch {self.progress.batch})")
+        return True
+
+    def run(self) -> Progress:
+        """Train to the end, and return where it ended."""
+        optim, progress = self.config.optim, self.progress
+        while progress.step < self.total_steps and not self._out_of_patience():
+            self._train_epoch()
+            if progress.batch < self.num_batches:
+                self._save(is_best=False)  # max_steps fell inside the epoch
+                break
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            figures = self.validate()
+            is_best = figures["ndcg@10"] > progress.best
+            progress.bad_epochs = 0 if is_best else progress.bad_epochs + 1
+            if is_best:
+                progress.best, progress.best_step = figures["ndcg@10"], progress.step
+            self.log.write("valid", step=progress.step, epoch=progress.epoch, **figures)
+            self._save(is_best=is_best)
+        if self._out_of_patience():
+            self.world.say(f"early stop: no better validation for {optim.patience} epochs")
+        return progress
+
+    def _train_epoch(self) -> None:
+        """Steps from progress.batch to the end of the epoch, or to the last step of all."""
+        run, progress = self.config.run, self.progress
+        self.model.train()
+        # A pipeline rewrites the forward of sharded modules while it lives: one per epoch, detached before validation.
+        pipeline = self._pipeline()
+        source = TimedIterator(self.batches(progress.epoch, progress.batch), self.total_steps - progress.step)
+        watch = LossWatch(self.user_ids)
+        epoch = progress.epoch
+        while True:
+            torch.manual_seed((run.seed * 1_000_003 + progress.step) * 4099 + self.world.rank)  # dropout resumes alike
+            try:
+                loss, _ = pipeline.progress(source)
+            except StopIteration:
+                break
+            self.scheduler.step()
+            progress.step, progress.batch = progress.step + 1, progress.batch + 1
+            watch.add(progress.step, loss, source.rows.popleft())
+            if progress.step % run.log_every == 0 or progress.batch == self.num_batches:
+                self._log_steps(watch, source, epoch)
+            if run.checkpoint_every and progress.step % run.checkpoint_every == 0 and progress.batch < self.num_batches:
+                watch.check()
+                self._save(is_best=False)
+        watch.check()
+        if hasattr(pipeline, "detach"):
+            pipeline.detach()
+
+    def _pipeline(self) -> TrainPipelineBase:
+        kind = TrainPipelineSparseDist if self.config.run.pipelined else TrainPipelineBase
+        return kind(self.model, self.optimiser, self.world.device)
+
+    def _log_steps(self, watch: LossWatch, source: TimedIterator, epoch: int) -> None:
+        sums = torch.tensor([watch.check(), *source.counts()], dtype=torch.float64, device=self.world.device)
+        dist.all_reduce(sums)
+        loss, samples, events, waited, elapsed = (sums / self.world.size).tolist()
+        self.log.write(
+            "train",
+            step=self.progress.step,
+            epoch=epoch,
+            epoch_share=self.progress.batch / self.num_batches,
+            loss=loss,
+            lr=self.scheduler.get_last_lr()[-1],
+            samples_per_s=samples * self.world.size / elapsed,
+            events_per_s=events * self.world.size / elapsed,
+            data_wait_share=waited / elapsed,
+        )
+
+    def _save(self, *, is_best: bool) -> None:
+        saved = {
+            "step": self.progress.step,
+            "progress": asdict(self.progress),
+            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+        }
+        self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.optim.patience
+        return bool(patience) and self.progress.bad_epochs >= patience
+
+
+def planned_steps(config: TrainConfig, num_batches: int) -> int:
+    """Steps of the whole run if validation never stops it early."""
+    steps = config.optim.epochs * num_batches
+    return min(steps, config.optim.max_steps) if config.optim.max_steps else steps
+
+
+class TimedIterator:
+    """At most `limit` batches; counts samples, events and the seconds spent waiting for them."""
+
+    def __init__(self, batches: Iterator[PrefixBatch], limit: int) -> None:
+        self.batches, self.left = batches, limit
+        self.rows: deque[torch.Tensor] = deque()  # of batches handed out whose step has not ended yet
+        self._reset()
+
+    def __iter__(self) -> TimedIterator:
+        return self
+
+    def __next__(self) -> PrefixBatch:
+        if self.left <= 0:
+            raise StopIteration
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - start
+        self.left -= 1
+        self.samples += int((batch.weights > 0).sum())
+        self.events += int((batch.ends - batch.starts).sum())
+        self.rows.append(batch.rows)
+        return batch
+
+    def counts(self) -> tuple[float, float, float, float]:
+        """(samples, events, seconds waited, seconds) since the last call."""
+        figures = self.samples, self.events, self.waited, time.perf_counter() - self.start
+        self._reset()
+        return figures
+
+    def _reset(self) -> None:
+        self.samples = self.events = 0
+        self.waited, self.start = 0.0, time.perf_counter()
+
+
+class LossWatch:
+    """Keeps losses on the device and looks at them now and then, so that no step waits for the host."""
+
+    def __init__(self, user_ids: Callable[[torch.Tensor], list]) -> None:
+        self.user_ids = user_ids
+        self.pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self.last_mean = float("nan")
+
+    def add(self, step: int, loss: torch.Tensor, rows: torch.Tensor) -> None:
+        self.pending.append((step, loss.detach(), rows))
+
+    def check(self) -> float:
+        """Mean loss since the last check. Raises NonFiniteLossError naming the first bad step and its users."""
+        if not self.pending:
+            return self.last_mean
+        losses = torch.stack([loss for _, loss, _ in self.pending]).double().cpu()
+        for (step, _, rows), loss in zip(self.pending, losses.tolist(), strict=True):
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                users = self.user_ids(rows)
+                raise NonFiniteLossError(
+                    f"loss is {loss} at step {step}; users of this rank's batch: {users}. The last checkpoint is from "
+                    "before it: lower optim.dense_lr, optim.table_lr or optim.bank_lr and start again with "
+                    "run.resume=true, or look at these users' events"
+                )
+        self.pending.clear()
+        self.last_mean = float(losses.mean())
+        return self.last_mean
