@@ -68,14 +68,14 @@ def describe_mismatch(versions: dict[str, str | None]) -> str | None:
     if len(set(known)) < 2:
         return None
     wanted = Counter(known).most_common(1)[0][0]  # a tie goes to torch, which comes first
-    pins = [
+    pins = " ".join(
         f'"torch==2.{wanted + 5}.*"' if name == "torch" else f'"{name}==1.{wanted}.*"'
         for name, minor in minors.items()
         if minor not in (None, wanted)
-    ]
+    )
     return (
         f"{_listing(versions)} do not belong together (torch 2.(m+5) needs torchrec 1.m and fbgemm-gpu 1.m): "
-        f"run `make install`, or pip install {' '.join(pins)}"
+        "run `make install`" + (f", or pip install {pins}" if 0 <= wanted < 1000 else "")
     )
 
 
@@ -129,7 +129,7 @@ def _torchrec_minor(name: str, version: str | None) -> int | None:
         return None
     if name == "torch":
         major, minor = major - 1, minor - 5
-    return minor if major == 1 else 1000 * major + minor
+    return minor + 1000 * (major - 1)
 
 
 def _listing(versions: dict[str, str | None]) -> str:

@@ -134,5 +134,3 @@ def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         column_encoding={leaf_path(TIMESTAMP): "DELTA_BINARY_PACKED"},
         write_page_checksum=True,  # the reader checks it: a flipped bit is an error, not a wrong item
     )
-
-

@@ -81,9 +81,7 @@ class DuckEngine:
         Returns counts of events, users and items before and after.
         """
         self._types = {role: self._final_type(role) for role in self._roles if role != "timestamp"}
-        self._run(
-            f"CREATE TABLE kept_item AS SELECT item FROM raw GROUP BY item HAVING count(*) >= {min_item_events}"
-        )
+        self._run(f"CREATE TABLE kept_item AS SELECT item FROM raw GROUP BY item HAVING count(*) >= {min_item_events}")
         self._run(
             'CREATE TABLE kept_user AS SELECT "user" FROM raw SEMI JOIN kept_item USING (item) '
             f'GROUP BY "user" HAVING count(*) >= {min_user_events}'

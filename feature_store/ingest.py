@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+import duckdb
+import pyarrow as pa
+
 from elastic_rec.feature_store import manifest, schema
 from elastic_rec.feature_store.cutter import WrittenFile, write_histories
 from elastic_rec.feature_store.engine import DuckEngine
@@ -38,43 +41,63 @@ class TimeUnit(Enum):
     ns = "ns"
 
 
-def _help(default, text: str):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class IngestConfig:
     """What to read, what to keep, where to write. Enums also take their value as a string."""
 
-    name: str = _help("events", "Name of the data set; goes into the manifest.")
-    input: list[str] = _help([], "Files, globs or folders, in order; the order breaks ties between equal timestamps.")
-    format: InputFormat = _help(InputFormat.auto, "Input format; auto goes by the file names.")
-    user_column: str = _help("user_id", "Input column with the user (int64 or string).")
-    item_column: str = _help("item_id", "Input column with the item (int64 or string).")
-    timestamp_column: str = _help("timestamp", "Input column with the event's time since 1970, in timestamp_unit.")
-    event_id_column: str | None = _help(None, "Input column that orders events of equal time; none: input order does.")
-    context_columns: list[str] = _help([], "Categorical event columns to keep (action, rating); null becomes unknown.")
-    timestamp_unit: TimeUnit = _help(TimeUnit.s, "Unit of timestamp_column: s, ms, us or ns.")
-    min_user_events: int = _help(1, "Drop users with fewer events, counted after rare items are dropped.")
-    min_item_events: int = _help(1, "Drop items with fewer events, counted before users are dropped (no k-core).")
-    num_buckets: int = _help(16, "Files to spread users over, by a hash of the user id.")
-    row_group_events: int = _help(131072, "Events in a Parquet row group (a longer user gets one of his own).")
-    out: str = _help("", "Folder of the store to write.")
-    overwrite: bool = _help(False, "Replace the store at `out`, once the new one is complete.")
-    memory_limit: str = _help("1GB", "Memory of DuckDB; beyond it the sort spills beside `out`.")
-    threads: int = _help(0, "Threads of DuckDB; 0: one per core.")
+    name: str = field(default="events", metadata={"help": "Name of the data set; goes into the manifest."})
+    input: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files, globs or folders, in order; the order breaks ties between equal timestamps."},
+    )
+    format: InputFormat = field(
+        default=InputFormat.auto, metadata={"help": "Input format; auto goes by the file names."}
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Input column with the user (int64 or string)."})
+    item_column: str = field(default="item_id", metadata={"help": "Input column with the item (int64 or string)."})
+    timestamp_column: str = field(
+        default="timestamp", metadata={"help": "Input column with the event's time since 1970, in timestamp_unit."}
+    )
+    event_id_column: str | None = field(
+        default=None, metadata={"help": "Input column that orders events of equal time; none: input order does."}
+    )
+    context_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Categorical event columns to keep (action, rating); null becomes unknown."},
+    )
+    timestamp_unit: TimeUnit = field(
+        default=TimeUnit.s, metadata={"help": "Unit of timestamp_column: s, ms, us or ns."}
+    )
+    min_user_events: int = field(
+        default=1, metadata={"help": "Drop users with fewer events, counted after rare items are dropped."}
+    )
+    min_item_events: int = field(
+        default=1, metadata={"help": "Drop items with fewer events, counted before users are dropped (no k-core)."}
+    )
+    num_buckets: int = field(default=16, metadata={"help": "Files to spread users over, by a hash of the user id."})
+    row_group_events: int = field(
+        default=131072, metadata={"help": "Events in a Parquet row group (a longer user gets one of his own)."}
+    )
+    out: str = field(default="", metadata={"help": "Folder of the store to write."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the store at `out`, once the new one is complete."}
+    )
+    memory_limit: str = field(
+        default="1GB", metadata={"help": "Memory of DuckDB; beyond it the sort spills beside `out`."}
+    )
+    threads: int = field(default=0, metadata={"help": "Threads of DuckDB; 0: one per core."})
 
     def __post_init__(self) -> None:
         self.format, self.timestamp_unit = InputFormat(self.format), TimeUnit(self.timestamp_unit)
         for name in ("min_user_events", "min_item_events", "num_buckets", "row_group_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not self.num_buckets <= 10000:
+        if self.threads < 0:
+            raise ValueError(f"threads={self.threads}: give 0 for one per core, or more")
+        if self.num_buckets > 10000:
             raise ValueError(f"num_buckets={self.num_buckets}: at most 10000")
         for name in self.context_columns:
-            if name in schema.RESERVED_NAMES or not name.replace("_", "a").isalnum():
+            if name.lower() in schema.RESERVED_NAMES or not name.replace("_", "a").isalnum():
                 raise ValueError(
                     f"context_columns: '{name}' is reserved or not made of letters, digits and _; rename the column"
                 )
@@ -140,6 +163,10 @@ def _build(config: IngestConfig, paths: list[Path], format: str, staging: Stagin
             schema=store_schema,
             row_group_events=config.row_group_events,
         )
+    except duckdb.OutOfMemoryException as error:
+        raise DataError(
+            f"memory_limit={config.memory_limit} is too small ({error}); raise it or lower threads"
+        ) from error
     finally:
         engine.close()
     dropped = {f"dropped_{what}": counts[f"read_{what}"] - counts[what] for what in ("events", "users", "items")}
@@ -175,7 +202,7 @@ def _write_vocabularies(engine: DuckEngine, columns: list[str], root: Path) -> d
     return entries
 
 
-def _describe_schema(store_schema) -> dict:
+def _describe_schema(store_schema: pa.Schema) -> dict:
     leaves = store_schema.field(schema.EVENTS).type.value_type
     return {
         schema.USER: str(store_schema.field(schema.USER).type),

@@ -16,8 +16,10 @@ EVENTS = "events"
 TIMESTAMP = "timestamp"
 EVENT_ID = "event_id"
 ITEM = "item"
-# What an event column may not be called: leaves of the store itself, and keys that batches add.
-RESERVED_NAMES = frozenset({USER, "user", TIMESTAMP, EVENT_ID, ITEM, "gap", "candidate", "slot"})
+# What an event column may not be called: leaves of the store itself, names the engine uses, keys that batches add.
+RESERVED_NAMES = frozenset(
+    {USER, "user", TIMESTAMP, EVENT_ID, ITEM, EVENTS, "bucket", "rowid", "gap", "candidate", "slot"}
+)
 UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 ARROW_TYPES = {"int64": pa.int64(), "string": pa.string()}
@@ -30,9 +32,7 @@ def history_schema(*, user_type: str, event_id_type: str | None, context_columns
         leaves.append(pa.field(EVENT_ID, ARROW_TYPES[event_id_type], nullable=False))
     leaves += [pa.field(name, pa.int64(), nullable=False) for name in [ITEM, *context_columns]]
     events = pa.list_(pa.field("element", pa.struct(leaves), nullable=False))
-    return pa.schema(
-        [pa.field(USER, ARROW_TYPES[user_type], nullable=False), pa.field(EVENTS, events, nullable=False)]
-    )
+    return pa.schema([pa.field(USER, ARROW_TYPES[user_type], nullable=False), pa.field(EVENTS, events, nullable=False)])
 
 
 def leaf_path(column: str) -> str:

@@ -110,8 +110,8 @@ def _open_text(path: Path, format: str, columns: dict[str, str], settings: dict[
     opener = gzip.open if path.name.endswith(".gz") else open
     delimiter = "\t" if format == "tsv" else ","
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=delimiter), [])
+        with opener(path, "rb") as file:
+            header = next(csv.reader([file.readline().decode("utf-8-sig")], delimiter=delimiter), [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
     _require(path, header, columns, settings)

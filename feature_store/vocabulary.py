@@ -44,9 +44,9 @@ class Vocabulary:
         """Indices (any int dtype) -> raw ids; PAD and UNKNOWN give null. Raises DataError past the end."""
         indices = np.asarray(indices)
         if len(indices) and (indices.min() < 0 or indices.max() >= self.size):
+            wrong = int(indices.max() if indices.max() >= self.size else indices.min())
             raise DataError(
-                f"vocabulary '{self.column}': index {int(indices.max() if indices.max() >= self.size else indices.min())}"
-                f" is outside 0..{self.size - 1}; these indices belong to another store"
+                f"vocabulary '{self.column}': index {wrong} is outside 0..{self.size - 1}; another store's indices?"
             )
         return self.ids.take(pa.array(indices - FIRST, type=pa.int64(), mask=indices < FIRST))
 

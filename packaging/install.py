@@ -128,8 +128,13 @@ def write_stamp(venv: Path, stamp: dict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Two `make` runs at once: the second waits, then finds the work done. The lock dies with its process."""
+    """Two `make` runs at once: the second waits, then finds the work done.
+
+    The lock dies with the processes that hold it. pip inherits it, so that one which outlives a killed parent is not
+    written under by the next run.
+    """
     handle = os.open(folder, os.O_RDONLY)
+    os.set_inheritable(handle, True)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,7 +199,9 @@ def run(what: str, command: list, *, venv: Path, may_fail: bool = False) -> bool
         log.write(f"\n$ {' '.join(command)}\n")
         log.flush()
         begin = log.tell()
-        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, close_fds=False
+        )
     if done.returncode == 0:
         say(f"{what}: {time.monotonic() - started:.0f} s")
         return True

@@ -46,16 +46,17 @@ def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
             )
         _check_same(read_config(run_dir), config, where=known)
         was = json.loads((run_dir / "tables.json").read_text())["store"]
-        if was != task.store.manifest.hash:
+        now = task.store.manifest["hash"]
+        if was != now:
             raise ConfigError(
-                f"store {task.store.path} is not the one {run_dir} was trained on (manifest {was[:12]}, now "
-                f"{task.store.manifest.hash[:12]}): give the old store, or start a new run with another run.dir"
+                f"store {task.store.path} is not the one {run_dir} was trained on (manifest {was[:12]}, "
+                f"now {now[:12]}): give the old store, or start a new run with another run.dir"
             )
     dist.barrier()  # nobody writes before everybody has looked
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         rows = {name: task.store.vocabulary(name).size for name in task.columns}
-        write_json(run_dir / "tables.json", {"rows": rows, "store": task.store.manifest.hash})
+        write_json(run_dir / "tables.json", {"rows": rows, "store": task.store.manifest["hash"]})
         write_text(known, OmegaConf.to_yaml(OmegaConf.structured(config)))
     dist.barrier()
     return run_dir

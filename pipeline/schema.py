@@ -1,4 +1,4 @@
-"""The typed configuration of every verb. YAML files in configs/ only pick values; unknown keys and wrong types fail here.
+"""The typed configuration of every verb: YAML files in configs/ pick values, unknown keys and wrong types fail here.
 
 Each part's dataclass stands beside the code it configures; this file puts them together.
 """

@@ -99,7 +99,7 @@ def _open_job(out: Path, task: NextItemTask, *, step: int, config: ScoreConfig) 
     job = {
         "run": str(Path(config.run).resolve()),
         "step": step,
-        "store": task.store.manifest.hash,
+        "store": task.store.manifest["hash"],
         "k": config.k,
         "exclude_seen": config.exclude_seen,
     }

@@ -125,11 +125,7 @@ def plan_table(plan: ShardingPlan) -> str:
 def local_rows(model: nn.Module, table: str) -> tuple[int, torch.Tensor]:
     """This rank's part of a row-wise (or unsharded) table: (first row, (rows, width) weights, not a copy)."""
     ending = f"embeddings.{table}.weight"
-    for name, value in model.state_dict().items():
-        if name.endswith(ending):
-            break
-    else:
-        raise KeyError(f"no table {table!r} in the model")
+    (value,) = (value for name, value in model.state_dict().items() if name.endswith(ending))
     if hasattr(value, "local_shards"):  # ShardedTensor
         shards = value.local_shards()
         if not shards:

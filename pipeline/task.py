@@ -111,6 +111,6 @@ class NextItemTask:
             have = self.store.vocabulary(name).size
             if have != rows[name]:
                 raise ConfigError(
-                    f"store {self.store.path} has {have} ids in column {name!r}, the run's table has {rows[name]} rows: "
+                    f"store {self.store.path} has {have} ids in column {name!r}, the run's table {rows[name]} rows: "
                     "the ids would not mean the same items; use the store of the run, or train on this one"
                 )

@@ -106,7 +106,7 @@ class Trainer:
         while True:
             torch.manual_seed((run.seed * 1_000_003 + progress.step) * 4099 + self.world.rank)  # dropout resumes alike
             try:
-                loss, _ = pipeline.progress(source)
+                _, _, loss = pipeline.progress(source)
             except StopIteration:
                 break
             self.scheduler.step()

@@ -52,7 +52,9 @@ def test_equals_the_paper_formula(kind):
     leaves = [tokens_TD, experts_BKD, *module.parameters()]
     probe = torch.randn_like(paper)
     for got, want in zip(
-        torch.autograd.grad((mine * probe).sum(), leaves), torch.autograd.grad((paper * probe).sum(), leaves), strict=True
+        torch.autograd.grad((mine * probe).sum(), leaves),
+        torch.autograd.grad((paper * probe).sum(), leaves),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 

@@ -56,7 +56,7 @@ class DatasetConfig:
 def prepare(config: DatasetConfig, out_dir: str | Path | None = None) -> EventFiles:
     """The event files of the data set that `config` names, made or fetched unless they are there already.
 
-    out_dir: where synthetic events go (default: the cache, one folder per setting). MovieLens always lives in the cache.
+    out_dir: where synthetic events go (default: the cache, a folder per setting). MovieLens always lives in the cache.
     Raises DatasetUnavailable when MovieLens cannot be had, DataError for a bad copy or for kind=files.
     """
     if config.kind is DatasetKind.files:

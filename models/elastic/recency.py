@@ -34,8 +34,8 @@ class Recency(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.position = nn.Parameter(torch.randn(NUM_POSITION_BUCKETS, width) * 0.2)
-        self.age = nn.Parameter(torch.randn(NUM_AGE_BUCKETS, width) * 0.2)
+        self.position = nn.Parameter(torch.randn(NUM_POSITION_BUCKETS, width) * 0.5)
+        self.age = nn.Parameter(torch.randn(NUM_AGE_BUCKETS, width) * 0.5)
 
     def forward(self, tokens_TD: torch.Tensor, times_s_T: torch.Tensor, layout: TileLayout) -> torch.Tensor:
         last_T = (layout.offsets_B1[1:] - 1)[layout.user_T]

@@ -34,18 +34,17 @@ class Tiler(nn.Module):
 
 
 class Summary(nn.Module):
-    """Experts -> (interests, summary). summary = sum over k of interest_k W_k (ours): expert k means the same thing for
-    every user, since it starts from seed k, so each may have its own map; pooling with shared weights would blur them.
-    """
+    """Experts -> (interests, summary). summary = linear map of the mean interest (ours). A map of its own for each
+    expert, K·D·D weights, fitted MovieLens-100K no better in training and worse on held-out items."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.width)
-        self.mix = nn.Linear(config.experts * config.width, config.width)
+        self.mix = nn.Linear(config.width, config.width)
 
     def forward(self, experts_BKD: torch.Tensor) -> TowerOutput:
         interests_BKD = self.norm(experts_BKD)
-        return TowerOutput(interests_BKD, self.mix(interests_BKD.flatten(1)))
+        return TowerOutput(interests_BKD, self.mix(interests_BKD.mean(1)))
 
 
 class ElasticTower(nn.Module):

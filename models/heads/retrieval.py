@@ -86,7 +86,7 @@ class QueryHead(nn.Module):
 
 
 class RetrievalLoss(nn.Module):
-    """forward(query_RD, embedded, batch) -> (loss, per-row cross entropy). loss = sum(weights * ce) / normaliser."""
+    """forward(query_RD, embedded, batch) -> (loss, per-row cross entropy, loss without graph). loss = sum(weights * ce) / normaliser."""
 
     def __init__(self, kind: SoftmaxKind):
         super().__init__()
@@ -95,11 +95,12 @@ class RetrievalLoss(nn.Module):
     def forward(self, query_RD: torch.Tensor, embedded: dict[str, JaggedTensor], batch) -> tuple[torch.Tensor, ...]:
         ids_C = batch.features["candidate"].values()
         loss_R = self.softmax(query_RD, embedded["candidate"].values(), ids_C, batch.targets, batch.log_q)
-        return (batch.weights * loss_R).sum() / batch.normaliser, loss_R.detach()
+        loss = (batch.weights * loss_R).sum() / batch.normaliser
+        return loss, loss_R.detach(), loss.detach()
 
 
 class RetrievalModel(nn.Module):
-    """forward(batch) -> (loss, (query_RD, loss_R)); query(batch) -> query_RD, score(item) = query . item_table[item].
+    """forward(batch) -> (loss, (query_RD, loss_R, detached loss)); query(batch) -> query_RD, score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
     device: where tables are made ("meta": when sharded); dense parameters are always made on the CPU.
@@ -140,11 +141,11 @@ class RetrievalModel(nn.Module):
         self.head = QueryHead(tower.width)
         self.loss = RetrievalLoss(SoftmaxKind(softmax))
 
-    def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         embedded = self.embeddings(batch.features)
         query_RD = self.head(self._encode(embedded, batch))
         loss = self.loss(query_RD, embedded, batch)
-        return loss[0], (query_RD, loss[1])
+        return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
         return self.head(self.encode(batch))

@@ -46,7 +46,7 @@ def dispatch(
     query_XCd = _tiles(query_THd, layout)  # X = N*H
     key_XKd = key_BHKd.index_select(0, layout.user_N).flatten(0, 1)
     value_XKe = value_BHKe.index_select(0, layout.user_N).flatten(0, 1)
-    # Experts before events, so that the softmax runs down columns and vectorises: with 8 experts the whole op takes half the time.
+    # Experts before events: the softmax then runs down columns and vectorises (8 experts: half the op's time on a CPU).
     scores_XKC = torch.bmm(key_XKd, query_XCd.transpose(1, 2))
     weights_XKC = scores_XKC.view(-1, groups, K // groups, C).softmax(2).view(-1, K, C)
     out_NCHe = torch.bmm(weights_XKC.transpose(1, 2), value_XKe).view(N, H, C, e).transpose(1, 2)

@@ -1,0 +1,158 @@
+"""Histories -> the PrefixBatch a model takes: (prefix, target) rows for training, evaluation or scoring.
+
+    user, n = 8, leave_one_out    e0 e1 e2 e3 e4 e5 | e6 | e7
+    train, cuts = 2               [e0 e1] -> e2,  [e0 e1 e2 e3] -> e4         (targets drawn anew each epoch)
+    valid / test / score          [e0 .. e5] -> e6   /   [e0 .. e6] -> e7   /   [e0 .. e7]
+
+Prefixes keep their newest max_history events. Events in no prefix stay out of the batch altogether, so what lies
+behind a cut cannot reach the model by any path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.hashing import counter_uniform
+from elastic_rec.feature_store.splits import SplitConfig, split_bounds
+from elastic_rec.feature_store.vocabulary import PAD, UNKNOWN
+
+NUM_GAP_BUCKETS = 40
+STAGES = ("train", "valid", "test", "score")
+CandidateSampler = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+_CUTS = 3  # tells this use of counter_uniform from the reader's
+
+
+class _Prefixes(NamedTuple):
+    """(R,) each: the user's position in the batch, prefix [starts, ends) and target on the T axis (-1: none)."""
+
+    users: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    targets: np.ndarray
+
+
+def make_prefix_batch(
+    histories: Histories,
+    *,
+    split: SplitConfig,
+    stage: str,
+    cuts: int,
+    max_history: int,
+    seed: int,
+    epoch: int,
+    world_size: int,
+    candidates: CandidateSampler | None = None,
+) -> PrefixBatch:
+    """stage: train (`cuts` rows per user), valid, test, score (one row per user). See PrefixBatch for shapes.
+
+    seed, epoch: choose the training targets, together with the user's row number only, so they do not depend on ranks.
+    world_size: enters the normaliser, a rank's share of the global number of rows.
+    candidates: (targets (R,), weights (R,)) -> (ids (C,) int64, log_q (C,) float32) for the "candidate" feature.
+    """
+    if stage not in STAGES or cuts < 1 or max_history < 1:
+        raise ValueError(
+            f"stage={stage!r}, cuts={cuts}, max_history={max_history}: stage is one of {', '.join(STAGES)}, "
+            "the others are at least 1"
+        )
+    prefixes = _choose(histories, split, stage, cuts, max_history, seed, epoch)
+    keep_T, starts, ends = _compact(prefixes, len(histories.times_s))
+
+    items = histories.columns["item"]
+    has_target = prefixes.targets >= 0
+    targets = np.full(len(starts), PAD, np.int64)
+    targets[has_target] = items[prefixes.targets[has_target]]
+    rows = histories.rows[prefixes.users]
+    # An unknown item is nobody's next item: there is no row of the catalogue to rank.
+    weights = (rows >= 0) if stage == "score" else (targets > UNKNOWN)
+    weights = weights.astype(np.float32)
+
+    ids, log_q = (np.zeros(0, np.int64), np.zeros(0, np.float32))
+    if candidates is not None:
+        ids, log_q = candidates(targets, weights)
+    columns = {**histories.columns, "gap": gap_buckets(histories)}
+    rows_per_user = cuts if stage == "train" else 1
+    return PrefixBatch(
+        features=_features(columns, histories.offsets, keep_T, ids),
+        times_s=torch.from_numpy(histories.times_s[keep_T]),
+        starts=torch.from_numpy(starts),
+        ends=torch.from_numpy(ends),
+        targets=torch.from_numpy(targets),
+        weights=torch.from_numpy(weights),
+        log_q=torch.from_numpy(np.asarray(log_q, np.float32)),
+        normaliser=torch.tensor(histories.num_global_users * rows_per_user / world_size, dtype=torch.float32),
+        rows=torch.from_numpy(rows),
+    )
+
+
+def gap_buckets(histories: Histories) -> np.ndarray:
+    """(T,) int64: 0 for a user's first event, else 1 + floor(log2(1 + seconds since the one before)), at most 39."""
+    gaps_s = np.diff(histories.times_s, prepend=0)
+    # frexp's exponent is floor(log2(x)) + 1 exactly; log2 itself may round across a power of two.
+    buckets = np.minimum(np.frexp(gaps_s + 1.0)[1], NUM_GAP_BUCKETS - 1).astype(np.int64)
+    firsts = histories.offsets[:-1][np.diff(histories.offsets) > 0]
+    buckets[firsts] = 0
+    return buckets
+
+
+def _choose(
+    histories: Histories, split: SplitConfig, stage: str, cuts: int, max_history: int, seed: int, epoch: int
+) -> _Prefixes:
+    begins, n_B = histories.offsets[:-1], np.diff(histories.offsets)
+    users = np.arange(len(n_B))
+    if stage == "score":
+        ends, targets = n_B, np.full(len(n_B), -1)
+    elif stage == "train":
+        users = np.repeat(users, cuts)
+        targets = _draw_targets(split_bounds(split, histories).train_end, histories.rows, cuts, seed, epoch)
+        ends = np.maximum(targets, 0)
+    else:
+        bounds = split_bounds(split, histories)
+        targets = bounds.valid if stage == "valid" else bounds.test
+        ends = np.maximum(targets, 0)
+    starts = np.maximum(ends - max_history, 0)
+    begins = begins[users]
+    return _Prefixes(users, begins + starts, begins + ends, np.where(targets >= 0, begins + targets, -1))
+
+
+def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, cuts: int, seed: int, epoch: int) -> np.ndarray:
+    """(B*cuts,) positions in [1, train_end), one from each of `cuts` equal strata, rising; -1 where train_end < 2."""
+    cut_J = np.arange(cuts)
+    u_BJ = counter_uniform(_CUTS, seed, epoch, rows_B[:, None], cut_J[None, :])
+    choices_B1 = (train_end_B - 1)[:, None]
+    targets_BJ = 1 + np.floor((cut_J + u_BJ) / cuts * choices_B1).astype(np.int64)
+    # (cuts - 1 + u) / cuts may round up to 1.
+    targets_BJ = np.where(choices_B1 >= 1, np.minimum(targets_BJ, choices_B1), -1)
+    return targets_BJ.ravel()
+
+
+def _compact(prefixes: _Prefixes, num_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drops events that no prefix covers: (keep_T bool, starts, ends on the shortened axis)."""
+    depth = np.zeros(num_events + 1, np.int64)
+    np.add.at(depth, prefixes.starts, 1)
+    np.add.at(depth, prefixes.ends, -1)
+    keep = np.cumsum(depth)[:-1] > 0
+    new_position = np.zeros(num_events + 1, np.int64)
+    np.cumsum(keep, out=new_position[1:])
+    return keep, new_position[prefixes.starts], new_position[prefixes.ends]
+
+
+def _features(
+    columns: dict[str, np.ndarray], offsets_B1: np.ndarray, keep_T: np.ndarray, candidate_ids: np.ndarray
+) -> KeyedJaggedTensor:
+    """Keys: the event columns (all with the same lengths), then "candidate" with its ids in row 0."""
+    kept = np.concatenate([[0], np.cumsum(keep_T)])[offsets_B1]
+    lengths_B = np.diff(kept)
+    candidate_B = np.zeros_like(lengths_B)
+    candidate_B[0] = len(candidate_ids)
+    values = [*(values[keep_T] for values in columns.values()), np.asarray(candidate_ids, np.int64)]
+    return KeyedJaggedTensor(
+        keys=[*columns, "candidate"],
+        values=torch.from_numpy(np.concatenate(values)),
+        lengths=torch.from_numpy(np.concatenate([lengths_B] * len(columns) + [candidate_B])),
+    )

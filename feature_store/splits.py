@@ -1,0 +1,108 @@
+"""Which events of a user are for training, and which one is the validation or test target.
+
+    leave_one_out, n = 6        e0 e1 e2 e3 | e4    | e5          train_end = 4
+                                train         valid   test        train targets are e1..e3, each after what precedes it
+    global_time                 t < valid_time | first in [valid_time, test_time) | first >= test_time
+
+Nothing at or behind train_end is ever a training target or in a training prefix. An evaluation target is predicted
+from everything that precedes it in its user's history (for the test target that includes the validation event).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from enum import Enum
+from typing import NamedTuple
+
+import numpy as np
+
+from elastic_rec.feature_store.batch import Histories
+
+
+class SplitKind(Enum):
+    leave_one_out = "leave_one_out"
+    global_time = "global_time"
+
+
+@dataclass
+class SplitConfig:
+    """How each user's history is split."""
+
+    kind: SplitKind = field(
+        default=SplitKind.leave_one_out,
+        metadata={"help": "leave_one_out: the last two events of a user; global_time: one moment for all users."},
+    )
+    valid_time: str | None = field(
+        default=None,
+        metadata={"help": "global_time: first moment of validation, ISO date (UTC unless it says) or epoch seconds."},
+    )
+    test_time: str | None = field(
+        default=None, metadata={"help": "global_time: first moment of the test period, as valid_time."}
+    )
+
+    def __post_init__(self) -> None:
+        self.kind = SplitKind(self.kind)
+        if self.kind is SplitKind.leave_one_out:
+            if self.valid_time is not None or self.test_time is not None:
+                raise ValueError("valid_time and test_time have no effect on leave_one_out; set kind=global_time")
+        elif self.valid_time is None or self.test_time is None:
+            raise ValueError("kind=global_time needs valid_time and test_time; set both, or kind=leave_one_out")
+        elif not parse_time_s(self.valid_time) < parse_time_s(self.test_time):
+            raise ValueError(f"valid_time={self.valid_time} must be before test_time={self.test_time}")
+
+
+class SplitBounds(NamedTuple):
+    """(B,) int64 each, positions counted from the user's first event; valid, test: -1 where there is no target."""
+
+    train_end: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+
+
+def split_bounds(config: SplitConfig, histories: Histories) -> SplitBounds:
+    if config.kind is SplitKind.leave_one_out:
+        return _leave_one_out(np.diff(histories.offsets))
+    return _global_time(histories, parse_time_s(config.valid_time), parse_time_s(config.test_time))
+
+
+def parse_time_s(text: str | int | float) -> int:
+    """ISO date or time (UTC unless it carries a zone), or epoch seconds -> whole seconds, rounded up: an event at
+    t seconds (floored) is before the moment exactly where t < the result."""
+    try:
+        return math.ceil(float(text))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise ValueError(f"time '{text}': give an ISO date such as 2001-01-31, or seconds since 1970") from error
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)  # noqa: UP017
+    return math.ceil(moment.timestamp())
+
+
+def _leave_one_out(n_B: np.ndarray) -> SplitBounds:
+    return SplitBounds(
+        train_end=np.maximum(n_B - 2, 0),
+        valid=np.where(n_B >= 3, n_B - 2, -1),
+        test=np.where(n_B >= 2, n_B - 1, -1),
+    )
+
+
+def _global_time(histories: Histories, valid_s: int, test_s: int) -> SplitBounds:
+    train_end = _count_before(histories, valid_s)
+    test_start = _count_before(histories, test_s)
+    n_B = np.diff(histories.offsets)
+    # A target needs an event before it.
+    valid = np.where((train_end < test_start) & (train_end > 0), train_end, -1)
+    test = np.where((test_start < n_B) & (test_start > 0), test_start, -1)
+    return SplitBounds(train_end, valid, test)
+
+
+def _count_before(histories: Histories, moment_s: int) -> np.ndarray:
+    """(B,) events with time < moment_s; times rise within a user, so these are his first ones."""
+    before = np.zeros(len(histories.times_s) + 1, np.int64)
+    np.cumsum(histories.times_s < moment_s, out=before[1:])
+    return before[histories.offsets[1:]] - before[histories.offsets[:-1]]

@@ -1,0 +1,120 @@
+"""A finished history store on disk: what is in it, its vocabularies, its users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.manifest import check_digest, read_manifest
+from elastic_rec.feature_store.schema import ARROW_TYPES, USER
+from elastic_rec.feature_store.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One data file. first_row: row number of its first user; row_groups: (num_users, num_events) each."""
+
+    path: Path
+    first_row: int
+    num_users: int
+    num_events: int
+    row_groups: tuple[tuple[int, int], ...]
+
+
+class Store:
+    """Users have row numbers 0..num_users-1, counted through `files` in order."""
+
+    def __init__(self, path: Path, manifest: dict) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.num_users: int = manifest["num_users"]
+        self.num_events: int = manifest["num_events"]
+        self.time_unit: str = manifest["time_unit"]
+        self.columns: list[str] = [name for name in manifest["vocabularies"] if name != "user"]
+        self.files = _list_files(path, manifest)
+        self._vocabularies: dict[str, Vocabulary] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Reads the manifest and checks its hash and each file's size. DataError where the store is not whole."""
+        path = Path(path)
+        return cls(path, read_manifest(path))
+
+    def verify(self) -> None:
+        """Reads every byte and compares digests with the manifest's; DataError names the first file that differs."""
+        for entry in [*self.manifest["files"], *self.manifest["vocabularies"].values()]:
+            check_digest(self.path, entry)
+
+    def vocabulary(self, column: str) -> Vocabulary:
+        """Vocabulary of an event column, or of "user"; read once."""
+        if column not in self._vocabularies:
+            self.check_columns([column], also=["user"])
+            entry = self.manifest["vocabularies"][column]
+            check_digest(self.path, entry)
+            self._vocabularies[column] = Vocabulary.read(self.path / entry["path"], column=column)
+        return self._vocabularies[column]
+
+    def check_columns(self, columns: list[str], *, also: list[str] | None = None) -> None:
+        known = [*self.columns, *(also or [])]
+        for column in columns:
+            if column not in known:
+                raise DataError(f"{self.path}: no event column '{column}'; the store has: {', '.join(known)}")
+
+    def user_ids(self, rows: np.ndarray) -> pa.Array:
+        """Row numbers (any order, -1 for padding) -> raw user ids, null for padding.
+
+        Reads only the row groups that occur.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and (rows.min() < -1 or rows.max() >= self.num_users):
+            raise DataError(
+                f"{self.path}: rows {rows.min()}..{rows.max()} asked for, users are 0..{self.num_users - 1}"
+            )
+        parts, first_rows, bases, taken = [], [], [], 0
+        for file in self.files:
+            wanted = rows[(rows >= file.first_row) & (rows < file.first_row + file.num_users)]
+            if not len(wanted):
+                continue
+            edges = file.first_row + np.cumsum([0, *(users for users, _ in file.row_groups)])
+            groups = np.unique(np.searchsorted(edges, wanted, side="right") - 1)
+            part = read_row_groups(open_data_file(file.path), groups.tolist(), [USER], file.path)[USER]
+            parts += part.chunks
+            for group in groups:
+                first_rows.append(edges[group])
+                bases.append(taken)
+                taken += file.row_groups[group][0]
+        user_type = ARROW_TYPES[self.manifest["schema"][USER]]
+        if not parts:
+            return pa.nulls(len(rows), user_type)
+        group = np.searchsorted(np.array(first_rows), rows, side="right") - 1
+        positions = rows - np.array(first_rows)[group] + np.array(bases)[group]
+        return pa.chunked_array(parts).combine_chunks().take(pa.array(positions, mask=rows < 0))
+
+
+def open_data_file(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be opened ({error}); changed since ingest, rerun it") from error
+
+
+def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str], path: Path) -> pa.Table:
+    """file.read_row_groups; what cannot be decoded (a flipped bit, a hole) is a DataError with the file's name."""
+    try:
+        return file.read_row_groups(groups, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); changed, rerun ingest") from error
+
+
+def _list_files(root: Path, manifest: dict) -> list[StoreFile]:
+    files, row = [], 0
+    for entry in manifest["files"]:
+        groups = tuple((users, events) for users, events in entry["row_groups"])
+        files.append(StoreFile(root / entry["path"], row, entry["num_users"], entry["num_events"], groups))
+        row += entry["num_users"]
+    return files
