@@ -78,7 +78,17 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-        return hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(task)
+        command = hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(task)
+
+        def checked() -> None:
+            try:
+                command()
+            except SystemExit as stop:
+                if stop.code:  # Hydra has printed what is wrong, but its advice (+key=value) does not help here
+                    print("all keys, types and defaults: docs/reference/config.md, or --help", file=sys.stderr)
+                raise
+
+        return checked
 
     return decorate
 

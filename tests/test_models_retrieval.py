@@ -228,8 +228,9 @@ def test_sharded_and_pipelined_equals_plain(gloo, softmax):
         torch.optim.AdamW([p for n, p in plain.named_parameters() if n not in tables], lr=1e-3),
     ]
     losses = []
-    for batch, (query_RD, loss_R) in zip(batches, pipelined, strict=True):
-        loss, (plain_query_RD, plain_loss_R) = plain(batch)
+    for batch, (query_RD, loss_R, sharded_loss) in zip(batches, pipelined, strict=True):
+        loss, (plain_query_RD, plain_loss_R, _) = plain(batch)
+        assert sharded_loss.item() == pytest.approx(loss.item(), rel=1e-4)
         torch.testing.assert_close(query_RD, plain_query_RD, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(loss_R, plain_loss_R, rtol=1e-4, atol=1e-5)
         losses.append(loss.item())

@@ -47,6 +47,15 @@ def test_package_list_is_the_tree():
     assert in_tree == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
+def test_git_ignores_no_file_of_the_package():
+    """`data/` in .gitignore, meant for ./data, would swallow configs/data: all is well here, and a clone is broken."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    files = [str(path) for room in ROOMS for path in [*python_files(room), *(ROOT / room).rglob("*.yaml")]]
+    done = subprocess.run(["git", "check-ignore", "--no-index", "--", *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, f"ignored by git: {done.stdout or done.stderr}"
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built without a network from a copy (setuptools writes build/ into its source)."""

@@ -159,7 +159,7 @@ def read_atomic(bundle: Bundle, name: str, *, titles_as_ids: bool) -> Tables:
     movies = (line.split("\t") for line in bundle.lines(f"{name}.item", "utf-8")[1:])
     if titles_as_ids:
         items = ((title, title, genres.split()) for title, _, _, genres in movies)
-    else:  # RecBole cut "Toy Story (1995)" in two and wrote "unkonwn" where there was no year
-        items = ((int(i), t if y == "unkonwn" else f"{t} ({y})", genres.split()) for i, t, y, genres in movies)
+    else:  # RecBole cut "Toy Story (1995)" in two, and made "unkonwn" twice of the one item called "unknown"
+        items = ((int(i), "unknown" if y == "unkonwn" else f"{t} ({y})", genres.split()) for i, t, y, genres in movies)
     people = (line.split("\t") for line in bundle.lines(f"{name}.user", "utf-8")[1:])
     return events, item_table(items), user_table((u.split("_")[-1], *rest) for u, *rest in people)

@@ -86,7 +86,10 @@ class QueryHead(nn.Module):
 
 
 class RetrievalLoss(nn.Module):
-    """forward(query_RD, embedded, batch) -> (loss, per-row cross entropy, loss without graph). loss = sum(weights * ce) / normaliser."""
+    """forward(query_RD, embedded, batch) -> (loss, per-row cross entropy, loss without graph).
+
+    loss = sum(weights * cross entropy) / normaliser.
+    """
 
     def __init__(self, kind: SoftmaxKind):
         super().__init__()
@@ -100,7 +103,9 @@ class RetrievalLoss(nn.Module):
 
 
 class RetrievalModel(nn.Module):
-    """forward(batch) -> (loss, (query_RD, loss_R, detached loss)); query(batch) -> query_RD, score(item) = query . item_table[item].
+    """forward(batch) -> (loss, (query_RD, loss_R, detached loss)); query(batch) -> query_RD.
+
+    score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
     device: where tables are made ("meta": when sharded); dense parameters are always made on the CPU.
