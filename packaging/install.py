@@ -207,7 +207,7 @@ def run(what: str, command: list, *, venv: Path, may_fail: bool = False) -> bool
         return True
     if may_fail:
         return False
-    tail = (venv / LOG).read_text(encoding="utf-8", errors="replace")[begin:].splitlines()[-15:]
+    tail = (venv / LOG).read_bytes()[begin:].decode(errors="replace").splitlines()[-15:]
     raise InstallError("\n  ".join([f"{what} failed (exit code {done.returncode}; whole log: {venv / LOG})", *tail]))
 
 

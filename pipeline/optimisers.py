@@ -82,6 +82,15 @@ def _make_state(dense: KeyedOptimizerWrapper) -> None:
     dense.zero_grad()
 
 
+def set_step(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    """Put a fresh schedule where it stands after `step` steps. It is a function of the step alone, so nothing else of
+    it is saved, and a resumed run may take other learning rates."""
+    scheduler.last_epoch = step
+    groups = scheduler.optimizer.param_groups
+    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(step)
+
+
 def lr_factor(step: int, config: OptimConfig, total_steps: int) -> float:
     """Linear warm-up, then a cosine to final_lr_ratio at the last step."""
     if step < config.warmup_steps:

@@ -19,6 +19,7 @@ from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import NonFiniteLossError
 from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.metrics_log import MetricsLog
+from elastic_rec.pipeline.optimisers import set_step
 from elastic_rec.pipeline.schema import TrainConfig
 
 
@@ -69,7 +70,7 @@ class Trainer:
             return False
         saved = self.checkpoints.load(step, self.model, self.optimiser)
         self.progress = Progress(**saved["progress"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        set_step(self.scheduler, step)
         self.log.forget_after(step)
         self.world.say(f"resuming at step {step} (epoch {self.progress.epoch}, batch {self.progress.batch})")
         return True
@@ -142,11 +143,7 @@ class Trainer:
         )
 
     def _save(self, *, is_best: bool) -> None:
-        saved = {
-            "step": self.progress.step,
-            "progress": asdict(self.progress),
-            "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
-        }
+        saved = {"step": self.progress.step, "progress": asdict(self.progress)}
         self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
 
     def _out_of_patience(self) -> bool:

