@@ -1,10 +1,11 @@
 """The whole pipeline on real data: ingest, train, evaluate, score, plot. `make demo` runs it.
 
 python pipeline/demo.py
-python pipeline/demo.py data=synthetic ranks=1
+python pipeline/demo.py data=synthetic ranks=1 "train=[optim.epochs=2]"
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def main(config: DemoConfig) -> dict:
         print(f"\n{'!' * 100}\n{error}\nTHE DEMO GOES ON WITH SYNTHETIC DATA INSTEAD.\n{'!' * 100}\n", file=sys.stderr)
         data = "synthetic"
         stage("ingest", f"data={data}", f"data.store={store}")
-    stage("train", f"data={data}", f"data.store={store}", f"run.dir={run}", *config.train, ranks=config.ranks)
+    stage("train", f"experiment={data}", f"data.store={store}", f"run.dir={run}", *config.train, ranks=config.ranks)
     metrics = stage("evaluate", f"run={run}", ranks=config.ranks)
     stage("score", f"run={run}", f"out={scores}", ranks=config.ranks)
     plot = plot_run(run, out / "training.png", popularity=metrics["baselines"]["popularity"]["hr@10"])
@@ -65,7 +66,8 @@ def _run(name: str, overrides: tuple[str, ...], *, ranks: int) -> dict:
         python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*python, str(PIPELINE / f"{name}.py"), *overrides]
     print("\n$ " + " ".join(command), file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))  # torchrun's own default is 1, and it says so at length
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
     if done.returncode == EXIT_UNAVAILABLE:
         raise DatasetUnavailable("none of the sources of this data set can be reached (see above)")
     if done.returncode != 0:

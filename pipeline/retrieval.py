@@ -97,7 +97,7 @@ class ShardedCatalogue:
 
 def sort_key(score: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """(score float32, id < 2^31) -> int64 that sorts by score, then by smaller id: a top-k without ties."""
-    bits = score.float().contiguous().view(torch.int32)
+    bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0 here, too
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # IEEE floats as integers, made monotone for negatives
     return (ordered.long() << 32) | (LOW_32 - ids.long())
 

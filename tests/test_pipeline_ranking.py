@@ -1,0 +1,140 @@
+"""Ranking against a sharded catalogue, metrics and baselines: each held to a few boring lines of NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from elastic_rec.pipeline import retrieval
+from elastic_rec.pipeline.baselines import LastItem, Popularity
+from elastic_rec.pipeline.launch import World, start_world
+from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
+
+NUM_ITEMS, FIRST, WIDTH = 53, 2, 8
+
+
+@pytest.fixture
+def world():
+    alone = start_world("cpu")
+    yield alone
+    dist.destroy_process_group()
+
+
+def problem(num_queries: int, seed: int = 0):
+    """Integer-valued vectors, so that scores are exact and ties are common."""
+    g = torch.Generator().manual_seed(seed)
+    table_VD = torch.randint(-1, 2, (NUM_ITEMS, WIDTH), generator=g).float()
+    query_RD = torch.randint(-1, 2, (num_queries, WIDTH), generator=g).float()
+    target_R = torch.randint(FIRST, NUM_ITEMS, (num_queries,), generator=g)
+    owner_S = torch.randint(0, num_queries, (num_queries * 9,), generator=g)
+    item_S = torch.randint(0, NUM_ITEMS, (num_queries * 9,), generator=g)  # reserved ids and repeats among them
+    return table_VD, query_RD, target_R, (owner_S, item_S)
+
+
+def boring(table_VD, query_RD, target_R, seen, k):
+    """Per query: (rank among all, rank among unseen, top-k ids among unseen), by sorting (score desc, id asc)."""
+    result = []
+    for r, (query_D, target) in enumerate(zip(query_RD, target_R.tolist(), strict=True)):
+        score_V = (table_VD @ query_D).numpy()
+        order = sorted(range(FIRST, NUM_ITEMS), key=lambda i, s=score_V: (-s[i], i))
+        mine = {int(i) for o, i in zip(*seen, strict=True) if o == r}
+        unseen = [i for i in order if i not in mine]
+        with_target = [i for i in order if i not in mine or i == target]
+        result.append((order.index(target), with_target.index(target), (unseen + [-1] * k)[:k]))
+    return result
+
+
+def check(catalogue, table_VD, query_RD, target_R, seen, k: int) -> None:
+    want = boring(table_VD, query_RD, target_R, seen, k)
+    rank_all, rank_unseen = catalogue.rank_targets(query_RD, target_R, seen)
+    assert rank_all.tolist() == [w[0] for w in want]
+    assert rank_unseen.tolist() == [w[1] for w in want]
+    ids, scores = catalogue.top_k(query_RD, k, seen)
+    assert ids.tolist() == [w[2] for w in want]
+    for r, row in enumerate(ids.tolist()):
+        expected = [float(table_VD[i] @ query_RD[r]) if i >= 0 else -float("inf") for i in row]
+        assert scores[r].tolist() == expected
+
+
+@pytest.mark.parametrize("chunk", [7, 16384])
+@pytest.mark.parametrize("k", [10, 60])  # 60: more than there are items
+def test_catalogue_equals_sorting(world, monkeypatch, chunk, k):
+    monkeypatch.setattr(retrieval, "CHUNK", chunk)
+    table_VD, *rest = problem(11)
+    catalogue = retrieval.ShardedCatalogue(first_row=0, weight_VD=table_VD, first_item=FIRST, world=world)
+    check(catalogue, table_VD, *rest, k)
+
+
+def _on_rank(rank: int, size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    world = World(rank=rank, size=size, device=torch.device("cpu"))
+    table_VD, *rest = problem(3 + 4 * rank, seed=rank)  # uneven queries, their own on each rank
+    table_VD = problem(1)[0]
+    low, high = [(0, 1), (1, 30), (30, NUM_ITEMS)][rank]  # uneven shards, one of them without a rankable item
+    catalogue = retrieval.ShardedCatalogue(
+        first_row=low, weight_VD=table_VD[low:high], first_item=FIRST, world=world
+    )  # fmt: skip
+    check(catalogue, table_VD, *rest, 10)
+    empty = torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64)
+    nobody = (torch.empty(0, dtype=torch.int64),) * 2
+    queries = (rest[0], rest[1], rest[2]) if rank == 0 else (*empty, nobody)  # a rank that has nothing left to ask
+    check(catalogue, table_VD, *queries, 10)
+    dist.destroy_process_group()
+
+
+def test_catalogue_over_three_ranks_equals_sorting(tmp_path):
+    mp.spawn(_on_rank, args=(3, str(tmp_path)), nprocs=3)
+
+
+def test_sort_key_orders_floats_and_inverts():
+    score = torch.tensor([-torch.inf, -3.5, -1e-30, 0.0, 1e-30, 2.0, torch.inf])
+    ids = torch.arange(7)
+    key = retrieval.sort_key(score, ids)
+    assert (key.diff() > 0).all()
+    back_ids, back = retrieval.from_sort_key(key)
+    assert back_ids.tolist() == ids.tolist() and back.tolist() == score.tolist()
+    same = retrieval.sort_key(torch.tensor([0.0, -0.0, 0.0]), torch.tensor([5, 3, 4]))
+    assert same.argsort(descending=True).tolist() == [1, 2, 0], "ties go to the smaller id"
+
+
+def test_metrics_equal_their_definitions(world):
+    ranks = torch.tensor([0, 4, 5, 9, 10, 99])
+    lengths = torch.tensor([1, 19, 20, 49, 50, 500])
+    metrics = RankingMetrics(k=[5, 10], length_edges=[20, 50], device=world.device)
+    metrics.update(ranks[:2], lengths[:2])
+    metrics.update(ranks[2:], lengths[2:])
+    got = metrics.compute()
+    r = ranks.numpy()
+    assert got["users"] == 6
+    assert got["mrr"] == pytest.approx(np.mean(1 / (r + 1)))
+    assert got["hr@5"] == pytest.approx(np.mean(r < 5)) and got["hr@10"] == pytest.approx(np.mean(r < 10))
+    assert got["ndcg@10"] == pytest.approx(np.mean(np.where(r < 10, 1 / np.log2(r + 2), 0)))
+    assert {name: part["users"] for name, part in got["by_length"].items()} == {"0-19": 2, "20-49": 2, "50+": 2}
+    assert got["by_length"]["50+"]["hr@10"] == 0
+
+
+def test_coverage_counts_distinct_items(world):
+    coverage = Coverage(num_items=12, first_item=2, device=world.device)
+    coverage.update(torch.tensor([[2, 3], [3, -1]]))
+    coverage.update(torch.tensor([[2, 5]]))
+    assert coverage.compute() == pytest.approx(3 / 10)
+
+
+def test_baselines_equal_counting():
+    """Transitions 2->3 twice, 2->4 once, 5->2 once; counts decide between items that never followed."""
+    counts = torch.tensor([9.0, 9, 3, 2, 1, 4, 0])  # ids 0 and 1 are never candidates
+    pairs, pair_counts = torch.unique(torch.tensor([2 * 7 + 3, 2 * 7 + 4, 2 * 7 + 3, 5 * 7 + 2]), return_counts=True)
+    nothing = (torch.empty(0, dtype=torch.int64),) * 2
+    popularity, last_item = Popularity(counts), LastItem(counts, pairs, pair_counts)
+    targets = torch.tensor([5, 2, 3, 4, 6])
+    nobody_last = torch.zeros(5, dtype=torch.int64)
+    assert popularity.rank_targets(nobody_last, targets, nothing).tolist() == [0, 1, 2, 3, 4]
+    assert last_item.rank_targets(torch.full((5,), 2), targets, nothing).tolist() == [2, 3, 0, 1, 4]
+    assert last_item.rank_targets(torch.tensor([5, 5, 3, 0, 2]), torch.tensor([2, 5, 2, 2, 4]), nothing).tolist() == [
+        0, 1, 1, 1, 1,
+    ]  # fmt: skip
+    seen = (torch.tensor([0, 0, 1]), torch.tensor([5, 5, 2]))
+    assert popularity.rank_targets(torch.zeros(2, dtype=torch.int64), torch.tensor([3, 3]), seen).tolist() == [1, 1]
