@@ -194,9 +194,22 @@ class HistoryReader:
                 f"{self.store.files[file].path}: row group {group_in_file} has {len(users.rows)} users with "
                 f"{len(users.times_s)} events, the manifest says {num_users} with {num_events}; changed, rerun ingest"
             )
+        for name, values in users.columns.items():
+            self._check_ids(name, values, users, where=f"{self.store.files[file].path}: row group {group_in_file}")
         if self._cache is not None:
             self._cache[group] = users
         return users
+
+    def _check_ids(self, name: str, values: np.ndarray, users: _Users, *, where: str) -> None:
+        """An id outside its table would be looked up in a stranger's row; ingest never writes one."""
+        size = self.store.manifest["vocabularies"][name]["size"]
+        if len(values) and not 0 <= values.min() <= values.max() < size:
+            at = int(np.flatnonzero((values < 0) | (values >= size))[0])
+            row = users.rows[np.searchsorted(users.offsets, at, side="right") - 1]
+            raise DataError(
+                f"{where}, user row {row}: {name} id {values[at]} is outside its vocabulary (0..{size - 1}); "
+                "the file was not written by ingest, rerun it"
+            )
 
     def _open_file(self, file: int) -> pq.ParquetFile:
         return open_data_file(self.store.files[file].path)

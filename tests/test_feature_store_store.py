@@ -136,6 +136,17 @@ def test_a_flipped_bit_is_found_when_read(tmp_path):
         Store.open(store.path).vocabulary("item")
 
 
+def test_an_id_outside_its_vocabulary_is_found_when_read(tmp_path):
+    """A store whose files and manifest agree with each other, but not with the vocabulary: made by other hands."""
+    store = make_store(tmp_path, random_events(300))
+    smaller = json.loads(json.dumps(store.manifest))
+    smaller["vocabularies"]["item"]["size"] = 5
+    smaller["hash"] = content_hash(smaller)
+    (store.path / "manifest.json").write_text(json.dumps(smaller))
+    with pytest.raises(DataError, match=r"part-\d+\.parquet: row group 0, user row \d+: item id \d+ is outside .*0\.\.4"):
+        list(HistoryReader(Store.open(store.path), columns=["item"], global_batch_size=8, shuffle=False).epoch(0))
+
+
 def test_manifest_says_what_is_there(tmp_path):
     events = random_events(300)
     store = make_store(tmp_path, events, context_columns=["action"], timestamp_unit="ms")

@@ -13,12 +13,15 @@ import pytest
 from elastic_rec.feature_store.store import Store
 
 
+SAMPLED = ["loss.softmax=sampled", "loss.num_negatives=16"]  # the one whole run through the sampled softmax
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> tuple[Path, Path, Path]:
     """(store of 5 parts, a run trained on it for a few steps, its scores by 2 ranks: uneven)."""
     folder = tmp_path_factory.mktemp("score")
     store, run, scores = helpers.make_store(folder), folder / "run", folder / "scores"
-    helpers.run("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={run}", "optim.max_steps=8")
+    helpers.run("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={run}", "optim.max_steps=8", *SAMPLED)
     figures = helpers.run("score", f"run={run}", f"out={scores}", "k=7", "batch_size=16", ranks=2)
     assert figures["users"] == 120 and figures["parts"] == 5
     return store, run, scores
