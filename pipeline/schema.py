@@ -109,7 +109,9 @@ class ScoreConfig:
 
 @dataclass
 class DemoConfig:
-    data: str = field(default="ml100k", metadata={"help": "ml100k, ml1m or synthetic: a name in configs/data and configs/experiment"})
+    data: str = field(
+        default="ml100k", metadata={"help": "ml100k, ml1m or synthetic (configs/data, configs/experiment)"}
+    )
     out: str = field(default="runs/demo", metadata={"help": "folder for store, run, scores and plot; emptied first"})
     ranks: int = field(default=2, metadata={"help": "training and scoring processes"})
     train: list[str] = field(default_factory=list, metadata={"help": "more overrides for train.py"})

@@ -143,7 +143,7 @@ def test_an_id_outside_its_vocabulary_is_found_when_read(tmp_path):
     smaller["vocabularies"]["item"]["size"] = 5
     smaller["hash"] = content_hash(smaller)
     (store.path / "manifest.json").write_text(json.dumps(smaller))
-    with pytest.raises(DataError, match=r"part-\d+\.parquet: row group 0, user row \d+: item id \d+ is outside .*0\.\.4"):
+    with pytest.raises(DataError, match=r"part-\d+\.parquet: row group 0, user row \d+: item id \d+ is outside"):
         list(HistoryReader(Store.open(store.path), columns=["item"], global_batch_size=8, shuffle=False).epoch(0))
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from elastic_rec.feature_store.store import Store
 
-
 SAMPLED = ["loss.softmax=sampled", "loss.num_negatives=16"]  # the one whole run through the sampled softmax
 
 
