@@ -109,9 +109,7 @@ class ScoreConfig:
 
 @dataclass
 class DemoConfig:
-    data: str = field(
-        default="ml100k", metadata={"help": "ml100k, ml1m or synthetic (configs/data, configs/experiment)"}
-    )
+    data: str = field(default="ml100k", metadata={"help": "a name both in configs/data and in configs/experiment"})
     out: str = field(default="runs/demo", metadata={"help": "folder for store, run, scores and plot; emptied first"})
     ranks: int = field(default=2, metadata={"help": "training and scoring processes"})
     train: list[str] = field(default_factory=list, metadata={"help": "more overrides for train.py"})
