@@ -108,6 +108,16 @@ def test_errors_name_the_cause_and_the_remedy(store, two_ranks, overrides, tmp_p
     assert not (tmp_path / "x").exists(), "nothing half-written"
 
 
+def test_early_stop_and_which_checkpoints_are_kept(overrides, tmp_path):
+    run_dir = tmp_path / "x"
+    still = ["optim.table_lr=1e-12", "optim.bank_lr=1e-12", "optim.dense_lr=1e-12"]  # validation cannot get better
+    arguments = [*helpers.SMALL_TRAIN, *overrides, f"run.dir={run_dir}", *still, "optim.patience=3", "run.keep_last=2"]
+    output = helpers.run("train", *arguments)
+    assert output["epochs"] == 4 and "early stop: no better validation for 3 epochs" in output["stderr"]
+    kept = sorted(int(path.parent.name.removeprefix("step-")) for path in run_dir.glob("checkpoints/*/complete.json"))
+    assert kept == [8, 24, 32] and output["best_step"] == 8, "the best and the last two"
+
+
 def test_more_ranks_than_rows(tmp_path):
     store = helpers.make_store(tmp_path, num_users=2, num_items=3, num_buckets=1)
     code, text = helpers.fail("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={tmp_path}/x", ranks=3)
