@@ -48,8 +48,9 @@ class PrefixBatch(Pipelineable):
         user's previous event), and "candidate" (ids the loss ranks against; all of them in row 0, empty in evaluation).
     times_s: (T,) int64 seconds, same offsets as the event columns.
     starts, ends: (R,) int64, prefix r is events [starts[r], ends[r]) of the T axis.
-    targets: (R,) int64 item ids, 0 where there is none.
-    weights: (R,) float32, 0 for padding rows and rows without a target.
+    targets: (R,) int64 item ids, 0 where there is none; (P,), one per event of each prefix, prefixes laid end to end,
+        in training with a target behind every event.
+    weights: float32, like targets: 0 for padding rows and where there is no target.
     log_q: (C,) float32, log of the expected count of each candidate under the sampler (zeros: full softmax).
     normaliser: () float32, what the weighted sum of losses is divided by; the mean over ranks of
         (local sum / normaliser) is the loss of the global batch, whatever the number of ranks.

@@ -2,6 +2,7 @@
 
     user, n = 8, leave_one_out    e0 e1 e2 e3 e4 e5 | e6 | e7
     train, cuts = 2               [e0 e1] -> e2,  [e0 e1 e2 e3] -> e4         (targets drawn anew each epoch)
+    train, cuts = 0               [e0 e1 e2 e3 e4] -> e1 e2 e3 e4 e5          (a target behind every event)
     valid / test / score          [e0 .. e5] -> e6   /   [e0 .. e6] -> e7   /   [e0 .. e7]
 
 Prefixes keep their newest max_history events. Events in no prefix stay out of the batch altogether, so what lies
@@ -25,11 +26,13 @@ from elastic_rec.feature_store.vocabulary import PAD, UNKNOWN
 NUM_GAP_BUCKETS = 40
 STAGES = ("train", "valid", "test", "score")
 CandidateSampler = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-_CUTS = 3  # tells this use of counter_uniform from the reader's
+_CUTS, _WINDOWS = 3, 4  # tell these uses of counter_uniform from the reader's
 
 
 class _Prefixes(NamedTuple):
-    """(R,) each: the user's position in the batch, prefix [starts, ends) and target on the T axis (-1: none)."""
+    """(R,) each: the user's position in the batch, prefix [starts, ends) and target on the T axis (-1: none).
+
+    With a target behind every event, targets are (P,) instead, P events of all prefixes laid end to end."""
 
     users: np.ndarray
     starts: np.ndarray
@@ -51,32 +54,37 @@ def make_prefix_batch(
 ) -> PrefixBatch:
     """stage: train (`cuts` rows per user), valid, test, score (one row per user). See PrefixBatch for shapes.
 
+    cuts = 0: train on a target behind every event, for causal models only: one row per user, targets and weights (P,)
+        for the P events of all prefixes, and a normaliser of this rank's targets alone (the caller adds up the ranks).
+        A history longer than max_history gives a window of it, drawn by (seed, epoch, user).
+
     seed, epoch: choose the training targets, together with the user's row number only, so they do not depend on ranks.
     world_size: enters the normaliser, a rank's share of the global number of rows.
     candidates: (targets (R,), weights (R,)) -> (ids (C,) int64, log_q (C,) float32) for the "candidate" feature.
     """
-    if stage not in STAGES or cuts < 1 or max_history < 1:
+    if stage not in STAGES or cuts < 0 or max_history < 1:
         raise ValueError(
             f"stage={stage!r}, cuts={cuts}, max_history={max_history}: stage is one of {', '.join(STAGES)}, "
-            "the others are at least 1"
+            "cuts at least 0, max_history at least 1"
         )
     prefixes = _choose(histories, split, stage, cuts, max_history, seed, epoch)
     keep_T, starts, ends = _compact(prefixes, len(histories.times_s))
 
     items = histories.columns["item"]
     has_target = prefixes.targets >= 0
-    targets = np.full(len(starts), PAD, np.int64)
+    targets = np.full(len(has_target), PAD, np.int64)
     targets[has_target] = items[prefixes.targets[has_target]]
     rows = histories.rows[prefixes.users]
     # An unknown item is nobody's next item: there is no row of the catalogue to rank.
     weights = (rows >= 0) if stage == "score" else (targets > UNKNOWN)
     weights = weights.astype(np.float32)
+    every_position = stage == "train" and cuts == 0
+    num_losses = weights.sum() if every_position else histories.num_global_users * (cuts if stage == "train" else 1)
 
     ids, log_q = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     if candidates is not None:
         ids, log_q = candidates(targets, weights)
     columns = {**histories.columns, "gap": gap_buckets(histories)}
-    rows_per_user = cuts if stage == "train" else 1
     return PrefixBatch(
         features=_features(columns, histories.offsets, keep_T, ids),
         times_s=torch.from_numpy(histories.times_s[keep_T]),
@@ -85,7 +93,7 @@ def make_prefix_batch(
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
         log_q=torch.from_numpy(np.asarray(log_q, np.float32)),
-        normaliser=torch.tensor(histories.num_global_users * rows_per_user / world_size, dtype=torch.float32),
+        normaliser=torch.tensor(num_losses / (1 if every_position else world_size), dtype=torch.float32),
         rows=torch.from_numpy(rows),
     )
 
@@ -107,6 +115,8 @@ def _choose(
     users = np.arange(len(n_B))
     if stage == "score":
         ends, targets = n_B, np.full(len(n_B), -1)
+    elif stage == "train" and cuts == 0:
+        return _windows(histories, split_bounds(split, histories).train_end, max_history, seed, epoch)
     elif stage == "train":
         users = np.repeat(users, cuts)
         targets = _draw_targets(split_bounds(split, histories).train_end, histories.rows, cuts, seed, epoch)
@@ -118,6 +128,18 @@ def _choose(
     starts = np.maximum(ends - max_history, 0)
     begins = begins[users]
     return _Prefixes(users, begins + starts, begins + ends, np.where(targets >= 0, begins + targets, -1))
+
+
+def _windows(histories: Histories, train_end_B: np.ndarray, max_history: int, seed: int, epoch: int) -> _Prefixes:
+    """One stretch of up to max_history training events per user, each with the event behind it as target."""
+    last_B = np.maximum(train_end_B - 1, 0)  # the last training event is only ever a target
+    spare_B = np.maximum(last_B - max_history, 0)
+    u_B = counter_uniform(_WINDOWS, seed, epoch, histories.rows, np.zeros_like(histories.rows))
+    starts = histories.offsets[:-1] + np.minimum((u_B * (spare_B + 1)).astype(np.int64), spare_B)
+    lengths = np.minimum(last_B, max_history)
+    first_P = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    targets = first_P + np.arange(len(first_P)) + 1
+    return _Prefixes(np.arange(len(starts)), starts, starts + lengths, targets)
 
 
 def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, cuts: int, seed: int, epoch: int) -> np.ndarray:

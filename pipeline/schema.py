@@ -23,7 +23,10 @@ class DataConfig:
         default_factory=list, metadata={"help": "event columns to embed beside the item, e.g. [action]"}
     )
     max_history: int = field(default=200, metadata={"help": "newest events of a prefix that reach the model"})
-    cuts: int = field(default=4, metadata={"help": "prefixes drawn per user and step; each has its own target"})
+    cuts: int = field(
+        default=4,
+        metadata={"help": "prefixes drawn per user and step, each with its target; 0: a target behind every event"},
+    )
     split: SplitConfig = field(default_factory=SplitConfig, metadata={"help": "how targets are held out"})
     dataset: DatasetConfig = field(default_factory=DatasetConfig, metadata={"help": "where raw events come from"})
     ingest: IngestConfig = field(
@@ -32,9 +35,10 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_history", "cuts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)}: must be at least 1")
+        if self.max_history < 1 or self.cuts < 0:
+            raise ValueError(
+                f"data.max_history={self.max_history}, data.cuts={self.cuts}: set at least 1 and at least 0"
+            )
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
@@ -56,7 +57,12 @@ class NextItemTask:
             candidates = SampledCandidates(counts, loss, seed=self.config.run.seed)
         step = epoch * reader.num_batches + start_batch
         for histories in reader.epoch(epoch, start_batch=start_batch):
-            yield self._batch(histories, "train", epoch=epoch, candidates=candidates.at_step(step))
+            batch = self._batch(histories, "train", epoch=epoch, candidates=candidates.at_step(step))
+            if self.config.data.cuts == 0:  # how many targets the global batch has is known to no rank alone
+                total = batch.normaliser.to(self.world.device)
+                dist.all_reduce(total)
+                batch.normaliser = total.clamp_min(1) / self.world.size
+            yield batch
             step += 1
 
     def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:

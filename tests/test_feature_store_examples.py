@@ -264,7 +264,55 @@ def test_candidates_go_to_row_0_and_shapes_are_right():
     assert batch.normaliser.shape == () and batch.features.values().dtype == torch.int64
 
 
-@pytest.mark.parametrize("settings", [{"stage": "training"}, {"cuts": 0}, {"max_history": 0}])
+@pytest.mark.parametrize("settings", [{"stage": "training"}, {"cuts": -1}, {"max_history": 0}])
 def test_wrong_arguments(settings):
     with pytest.raises(ValueError, match="stage is one of train, valid, test, score"):
         make(random_histories(), **settings)
+
+
+@pytest.mark.parametrize("max_history", [1, 20, 1000])
+@pytest.mark.parametrize("split", [LOO, BY_TIME])
+def test_a_target_behind_every_event(split, max_history):
+    """One stretch of training events per user, whose targets are the same stretch one event later."""
+    h = random_histories()
+    batch = make(h, cuts=0, split=split, max_history=max_history)
+    items, done = batch.features["item"].values(), 0
+    for user, train_end in enumerate(split_bounds(split, h).train_end):
+        span = slice(int(batch.starts[user]), int(batch.ends[user]))
+        got, targets = items[span].tolist(), batch.targets[done : done + span.stop - span.start].tolist()
+        done += len(targets)
+        train = h.columns["item"][h.offsets[user] : h.offsets[user] + train_end].tolist()
+        length = min(max(train_end - 1, 0), max_history)
+        assert len(got) == length
+        at = (
+            [i for i in range(len(train) - length) if train[i : i + length + 1] == [*got[:1], *targets]] if got else [0]
+        )
+        assert at and got[1:] == targets[:-1]
+    assert done == len(batch.targets) == len(batch.weights) == int(batch.normaliser)
+    assert (batch.weights == 1).all() and batch.rows.tolist() == h.rows.tolist()
+
+
+def test_windows_of_long_histories_move_with_the_epoch_and_not_with_the_ranks():
+    h = random_histories(lengths=(129,) * 40)
+    starts = {}
+    for epoch in range(3):
+        batch = make(h, cuts=0, max_history=10, epoch=epoch)
+        starts[epoch] = batch.times_s[batch.starts].tolist()
+    assert starts[0] != starts[1] != starts[2]
+    cut = h.offsets[20]
+    columns = {name: values[cut:] for name, values in h.columns.items()}
+    half = Histories(h.rows[20:], h.offsets[20:] - cut, columns, h.times_s[cut:], 40)
+    batch = make(half, cuts=0, max_history=10, epoch=1, world_size=2)
+    assert batch.times_s[batch.starts].tolist() == starts[1][20:]
+
+
+def test_held_out_events_change_nothing_in_every_position_training():
+    h = random_histories()
+    changed = replace(h, columns={name: values.copy() for name, values in h.columns.items()}, times_s=h.times_s.copy())
+    for end, n in zip(h.offsets[1:], np.diff(h.offsets), strict=True):
+        for back in range(1, min(2, n) + 1):
+            changed.columns["item"][end - back] = 49 - changed.columns["item"][end - back]
+            changed.times_s[end - back] += 7
+    one, other = make(h, cuts=0), make(changed, cuts=0)
+    assert torch.equal(one.features.values(), other.features.values())
+    assert torch.equal(one.targets, other.targets) and torch.equal(one.times_s, other.times_s)
