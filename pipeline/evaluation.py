@@ -34,9 +34,9 @@ def evaluate(
     Every baseline gets the same users, targets and candidates, under its name.
     """
     world = task.world
-    new = lambda: RankingMetrics(k=k, length_edges=length_edges, device=world.device)  # noqa: E731
-    unseen, kept = new(), new()
-    others = [new() for _ in baselines]
+    unseen, kept, *others = (
+        RankingMetrics(k=k, length_edges=length_edges, device=world.device) for _ in range(2 + len(baselines))
+    )
     coverage = Coverage(num_items=task.num_items, first_item=FIRST, device=world.device)
     model.eval()
     with torch.no_grad():

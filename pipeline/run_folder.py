@@ -57,7 +57,9 @@ def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         rows = {name: task.store.vocabulary(name).size for name in task.columns}
         write_json(run_dir / "tables.json", {"rows": rows, "store": task.store.manifest["hash"]})
-        write_text(known, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        saved = OmegaConf.structured(config)
+        saved.data.store = str(task.store.path.resolve())  # evaluate and score may be started from elsewhere
+        write_text(known, OmegaConf.to_yaml(saved))
     dist.barrier()
     return run_dir
 

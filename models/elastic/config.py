@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Attention(StrEnum):
+    bidirectional = "bidirectional"
+    causal = "causal"
 
 
 @dataclass
@@ -16,8 +22,23 @@ class TowerConfig:
         default=0.1, metadata={"help": "Dropout on event embeddings and on every update of the experts."}
     )
 
+    attention: Attention = field(
+        default=Attention.bidirectional,
+        metadata={
+            "help": "bidirectional: the paper's form, one target behind each prefix. causal: an event sees no later one, "
+            "so every position has an output and a user's state can be continued."
+        },
+    )
+    chunk: int = field(
+        default=32, metadata={"help": "causal: events per chunk; an event sees its own and the previous chunk directly."}
+    )
+    half_life: bool = field(
+        default=True, metadata={"help": "causal: each expert learns in which time old events lose half their weight."}
+    )
+
     def __post_init__(self) -> None:
-        for name in ("width", "heads", "layers", "experts", "ffn_multiple"):
+        self.attention = Attention(self.attention)
+        for name in ("width", "heads", "layers", "experts", "ffn_multiple", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"tower.{name} = {getattr(self, name)}: set it to 1 or more")
         if self.width % self.heads:
