@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.splits import SplitConfig
-from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
@@ -77,6 +77,13 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.cuts == 0 and self.model.attention is not Attention.causal:
+            raise ValueError(
+                f"data.cuts=0 (a target behind every event) with model.attention={self.model.attention.value} "
+                "would train on the answer: set model.attention=causal, or data.cuts=4"
+            )
 
 
 @dataclass

@@ -41,6 +41,7 @@ class NextItemTask:
             tower=self.config.model,
             memory=self.config.memory,
             softmax=self.config.loss.softmax,
+            every_position=self.config.data.cuts == 0,
             device=init_device(rows, self.config.model.width, self.config.parallel),
         )
 

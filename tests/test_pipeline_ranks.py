@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 
 STEPS = 50
@@ -106,6 +107,21 @@ def test_errors_name_the_cause_and_the_remedy(store, two_ranks, overrides, tmp_p
     code, text = helpers.fail("evaluate", f"run={tmp_path}")
     assert code == 2 and "not a run folder" in text
     assert not (tmp_path / "x").exists(), "nothing half-written"
+
+
+def test_causal_training_at_every_position_is_the_same_on_two_ranks(overrides, tmp_path):
+    causal = ["data.cuts=0", "model.attention=causal", "model.chunk=4", "optim.max_steps=12"]
+    for ranks in (1, 2):
+        arguments = [*helpers.SMALL_TRAIN, *overrides, *causal, f"run.dir={tmp_path}/{ranks}"]
+        helpers.run("train", *arguments, ranks=ranks)
+    one, two = (helpers.train_lines(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 12
+    assert one[1] == pytest.approx(np.log(60), rel=0.05), "the mean over all positions of a uniform guess"
+    assert one[12] < one[1] - 0.1, "it learns"
+    code, text = helpers.fail(
+        "train", *overrides, "data.cuts=0", "model.attention=bidirectional", f"run.dir={tmp_path}/x"
+    )
+    assert code == 2 and "would train on the answer" in text
 
 
 def test_early_stop_and_which_checkpoints_are_kept(overrides, tmp_path):

@@ -25,12 +25,13 @@ class TowerConfig:
     attention: Attention = field(
         default=Attention.bidirectional,
         metadata={
-            "help": "bidirectional: the paper's form, one target behind each prefix. causal: an event sees no later one, "
-            "so every position has an output and a user's state can be continued."
+            "help": "bidirectional: the paper's form, one target behind each prefix. causal: no event sees a later "
+            "one, so every position has an output and a user's state can be continued."
         },
     )
     chunk: int = field(
-        default=32, metadata={"help": "causal: events per chunk; an event sees its own and the previous chunk directly."}
+        default=32,
+        metadata={"help": "causal: events per chunk; an event sees its own and the previous chunk directly."},
     )
     half_life: bool = field(
         default=True, metadata={"help": "causal: each expert learns in which time old events lose half their weight."}

@@ -17,7 +17,7 @@ and all tensor code stands in `SlotSelector` and `SlotReader`.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -25,10 +25,14 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.elastic.layer import Aggregate
 from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.product_key import product_key_topk
+
+if TYPE_CHECKING:
+    from elastic_rec.models.elastic.causal_layer import Read
+    from elastic_rec.models.elastic.timeline import Timeline
 
 
 class Seeds(nn.Module):
@@ -42,6 +46,13 @@ class Seeds(nn.Module):
         return self.seeds_KD.expand(layout.num_users, -1, -1)
 
 
+class CausalSeeds(Seeds):
+    """The same at every boundary: forward(read, timeline) -> (R, K, D)."""
+
+    def forward(self, read: Read, timeline: Timeline) -> torch.Tensor:
+        return self.seeds_KD.expand(timeline.chunks.num_boundaries, -1, -1)
+
+
 class Selection(NamedTuple):
     """features: KeyedJaggedTensor, key "slot", B rows of K*S slot ids. weights_BKS. seeds_BKD."""
 
@@ -50,36 +61,26 @@ class Selection(NamedTuple):
     seeds_BKD: torch.Tensor
 
 
-class SlotSelector(nn.Module):
-    """forward(tokens_TD, layout) -> Selection. In training, counts the slots that users with events pick (`usage`).
+class SlotChooser(nn.Module):
+    """From contexts to slots, what both towers' selection shares. In training, counts the picks (`usage`)."""
 
-    A user without events asks with the query of a zero vector, the norm's bias, and gets finite gradients."""
-
-    def __init__(self, config: TowerConfig, memory: MemoryConfig):
-        super().__init__()
+    def add_query(self, config: TowerConfig, memory: MemoryConfig) -> None:
         self.heads, self.top_r = memory.heads, memory.top_r
-        width = config.width
-        self.seeds = Seeds(config)
-        self.norm_seeds = nn.LayerNorm(width)
-        self.norm_tokens = nn.LayerNorm(width)
-        self.aggregate = Aggregate(width, config.heads)
+        width, half = config.width, config.width // 2
         self.query = nn.Linear(width, memory.heads * width, bias=False)
         self.norm_query = nn.LayerNorm(width)
-        half = width // 2
         self.subkeys = nn.Parameter(torch.randn(memory.heads, 2, memory.num_keys, half) * half**-0.5)
         self.register_buffer("counts", torch.zeros(memory.num_slots, dtype=torch.int32), persistent=False)
 
-    def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> Selection:
-        seeds_BKD = self.seeds(layout)
-        context_BKD = self.aggregate(self.norm_seeds(seeds_BKD), self.norm_tokens(tokens_TD), layout)
+    def choose(self, context_BKD: torch.Tensor, seeds_BKD: torch.Tensor, has_events_B: torch.Tensor) -> Selection:
         B, K, D = context_BKD.shape
         query_QHD = self.norm_query(self.query(context_BKD).view(B * K, self.heads, D))
         slot_ids_QHr, scores_QHr = product_key_topk(query_QHD, self.subkeys, self.top_r)
         slot_ids = slot_ids_QHr.reshape(-1)
         per_user = K * self.heads * self.top_r
-        if self.training:
-            has_events_B = (layout.offsets_B1.diff() > 0).to(self.counts.dtype)  # padding users are no use of a slot
-            self.counts.index_add_(0, slot_ids, has_events_B.repeat_interleave(per_user, output_size=B * per_user))
+        if self.training:  # a row without events, such as a padding user's, is no use of a slot
+            hits_B = has_events_B.to(self.counts.dtype)
+            self.counts.index_add_(0, slot_ids, hits_B.repeat_interleave(per_user, output_size=B * per_user))
         features = KeyedJaggedTensor(
             keys=["slot"],
             values=slot_ids,
@@ -90,6 +91,39 @@ class SlotSelector(nn.Module):
         return Selection(features, scores_QHr.softmax(-1).reshape(B, K, -1), seeds_BKD)
 
 
+class SlotSelector(SlotChooser):
+    """forward(tokens_TD, layout) -> Selection.
+
+    A user without events asks with the query of a zero vector, the norm's bias, and gets finite gradients."""
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig):
+        super().__init__()
+        self.seeds = Seeds(config)
+        self.norm_seeds = nn.LayerNorm(config.width)
+        self.norm_tokens = nn.LayerNorm(config.width)
+        self.aggregate = Aggregate(config.width, config.heads)
+        self.add_query(config, memory)
+
+    def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> Selection:
+        seeds_BKD = self.seeds(layout)
+        context_BKD = self.aggregate(self.norm_seeds(seeds_BKD), self.norm_tokens(tokens_TD), layout)
+        return self.choose(context_BKD, seeds_BKD, layout.offsets_B1.diff() > 0)
+
+
+class CausalSlotSelector(SlotChooser):
+    """forward(read, timeline) -> Selection with a row per boundary: each chunk's slots are asked for by the first
+    layer's sums over the chunks before it (causal_layer.Read), so no aggregate of its own is needed."""
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig):
+        super().__init__()
+        self.seeds = CausalSeeds(config)
+        self.add_query(config, memory)
+
+    def forward(self, read: Read, timeline: Timeline) -> Selection:
+        has_events_R = read.sums.norm_RHK.flatten(1).sum(1) > 0
+        return self.choose(read.mean_RKD, self.seeds(read, timeline), has_events_R)
+
+
 class SlotReader(nn.Module):
     """forward(looked_up, weights_BKS, seeds_BKD) -> first experts (B, K, D)."""
 
@@ -97,19 +131,23 @@ class SlotReader(nn.Module):
         self, looked_up: dict[str, JaggedTensor], weights_BKS: torch.Tensor, seeds_BKD: torch.Tensor
     ) -> torch.Tensor:
         B, K, S = weights_BKS.shape
-        slots_XSD = looked_up["slot"].values().view(B * K, S, -1)  # a sharded lookup is waited for here
+        slots_XSD = (
+            looked_up["slot"].values().to(weights_BKS.dtype).view(B * K, S, -1)
+        )  # a sharded lookup is waited for
         return seeds_BKD + torch.bmm(weights_BKS.view(B * K, 1, S), slots_XSD).view(B, K, -1)
 
 
 class InterestMemory(nn.Module):
     """forward(tokens_TD, layout) -> the experts that the first layer starts from (B, K, D).
+    Causal: forward(read, timeline) -> (R, K, D), experts at every boundary.
 
     device: where the bank is made ("meta": when it is sharded); everything else is made on the CPU.
     """
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
-        self.select = SlotSelector(config, memory)
+        causal = config.attention is Attention.causal
+        self.select = CausalSlotSelector(config, memory) if causal else SlotSelector(config, memory)
         self.bank = EmbeddingCollection(
             tables=[
                 EmbeddingConfig(
@@ -124,8 +162,8 @@ class InterestMemory(nn.Module):
         )
         self.read = SlotReader()
 
-    def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> torch.Tensor:
-        selection = self.select(tokens_TD, layout)
+    def forward(self, events: torch.Tensor | Read, layout: TileLayout | Timeline) -> torch.Tensor:
+        selection = self.select(events, layout)
         looked_up = self.bank(selection.features)
         return self.read(looked_up, selection.weights_BKS, selection.seeds_BKD)
 

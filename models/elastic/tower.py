@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.causal_tower import CausalTower
+from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.elastic.layer import LDAStack
 from elastic_rec.models.elastic.memory import InterestMemory, Seeds
 from elastic_rec.models.elastic.recency import Recency
@@ -20,10 +21,14 @@ from elastic_rec.models.jagged import TileLayout
 
 
 class TowerOutput(NamedTuple):
-    """interests (B, K, D), normalised, one row per expert; summary (B, D), all of them as one vector."""
+    """interests (B, K, D), normalised, one row per expert; summary (B, D), all of them as one vector.
+
+    tokens: None; the causal tower's output has (T, D) there, one output per event (causal_tower.CausalOutput).
+    """
 
     interests: torch.Tensor
     summary: torch.Tensor
+    tokens = None
 
 
 class Tiler(nn.Module):
@@ -48,7 +53,7 @@ class Summary(nn.Module):
 
 
 class ElasticTower(nn.Module):
-    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput.
+    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput. every: must stay False here, see CausalTower.
 
     `memory` is an InterestMemory, or None when switched off: experts then start from learned seeds alone.
     TorchRec traces this forward (it owns the memory's bank): sub-module calls and indexing only.
@@ -63,8 +68,20 @@ class ElasticTower(nn.Module):
         self.stack = LDAStack(config)
         self.summary = Summary(config)
 
-    def forward(self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor) -> TowerOutput:
+    def forward(
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = False
+    ) -> TowerOutput:
+        if every:
+            raise ValueError("an output at every event would see later ones: set tower attention = causal")
         layout = self.tiler(tokens_TD, offsets_B1)
         tokens_TD = self.recency(tokens_TD, times_s_T, layout)
         experts_BKD = self.seeds(layout) if self.memory is None else self.memory(tokens_TD, layout)
         return self.summary(self.stack(tokens_TD, experts_BKD, layout))
+
+
+def build_tower(
+    config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None
+) -> ElasticTower | CausalTower:
+    """The tower that `config.attention` names; one interface, but `tokens` and `step` are the causal one's."""
+    kind = CausalTower if config.attention is Attention.causal else ElasticTower
+    return kind(config, memory, device=device)

@@ -22,8 +22,8 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
-from elastic_rec.models.elastic.tower import ElasticTower, TowerOutput
+from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.tower import TowerOutput, build_tower
 from elastic_rec.models.heads.softmax import SOFTMAX, SoftmaxKind
 
 
@@ -74,15 +74,20 @@ class PrefixGather(nn.Module):
 
 
 class QueryHead(nn.Module):
-    """Summary -> the vector whose dot product with an item's embedding is the item's score."""
+    """Summary -> the vector whose dot product with an item's embedding is the item's score.
 
-    def __init__(self, width: int):
+    every_position: in training, the output of every event instead, (P, D); a prefix's last one is its summary.
+    """
+
+    def __init__(self, width: int, every_position: bool):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, width)
+        self.every_position = every_position
 
     def forward(self, output: TowerOutput) -> torch.Tensor:
-        return self.project(self.norm(output.summary))
+        asked = output.tokens if self.every_position and self.training else output.summary
+        return self.project(self.norm(asked))
 
 
 class RetrievalLoss(nn.Module):
@@ -108,6 +113,7 @@ class RetrievalModel(nn.Module):
     score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
+    every_position: train on a target behind every event: targets and weights are (P,), and so is loss_R. Causal only.
     device: where tables are made ("meta": when sharded); dense parameters are always made on the CPU.
     """
 
@@ -118,12 +124,18 @@ class RetrievalModel(nn.Module):
         tower: TowerConfig,
         memory: MemoryConfig,
         softmax: SoftmaxKind | str = SoftmaxKind.full,
+        every_position: bool = False,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         names = [table.name for table in tables]
         if not names or names[0] != "item" or len(set(names)) < len(names) or "candidate" in names:
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
+        if every_position and tower.attention is not Attention.causal:
+            raise ValueError(
+                "a target behind every event (data.cuts=0) with model.attention=bidirectional trains on the answer: "
+                "set model.attention=causal, or data.cuts=4"
+            )
         # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
         # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.
         init_fn = partial(nn.init.normal_, std=0.5 * tower.width**-0.5)
@@ -142,8 +154,8 @@ class RetrievalModel(nn.Module):
         )
         self.events = EventEncoder(names, tower.width, tower.dropout)
         self.prefixes = PrefixGather()
-        self.tower = ElasticTower(tower, memory, device=device)
-        self.head = QueryHead(tower.width)
+        self.tower = build_tower(tower, memory, device=device)
+        self.head = QueryHead(tower.width, every_position)
         self.loss = RetrievalLoss(SoftmaxKind(softmax))
 
     def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -161,4 +173,5 @@ class RetrievalModel(nn.Module):
     def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
         events_TD = self.events(embedded)
         prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
-        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P)
+        every = self.head.every_position and self.training  # else the tower may leave out all but the newest events
+        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every)

@@ -1,0 +1,167 @@
+"""The causal tower: an output at every event that no later event changes, and users that can be continued (ours).
+
+Legend: B users (or prefixes), T new events of all users, D width, K experts, R boundaries between chunks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.memory import CausalSeeds, InterestMemory
+from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
+from elastic_rec.models.elastic.state import Fingerprint, UserState, check_state
+from elastic_rec.models.elastic.timeline import Timeline, num_kept
+
+
+class CausalOutput(NamedTuple):
+    """interests (B, K, D), normalised, one row per expert, after all events; summary (B, D), the output of the user's
+    newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary.
+
+    A user without any event has the mean of the seeds' interests as its newest event.
+    """
+
+    interests: torch.Tensor
+    summary: torch.Tensor
+    tokens: torch.Tensor | None
+
+
+class TimelineMaker(nn.Module):
+    """A module because the tower's forward is traced."""
+
+    def __init__(self, chunk: int):
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None = None) -> Timeline:
+        return Timeline.build(offsets_B1, times_s_T, self.chunk, state)
+
+
+class Gap(nn.Module):
+    """forward(tokens_TD, timeline) -> tokens_TD plus an embedding of the time since the user's event before.
+
+    Counted backwards only: unlike `Recency`, which counts from the prefix's end, it is the same whatever comes later.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gap = nn.Parameter(torch.randn(NUM_AGE_BUCKETS + 1, width) * 0.5)
+
+    def forward(self, tokens_TD: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+        bucket_T = age_bucket(timeline.gap_s_T).masked_fill(timeline.gap_s_T < 0, NUM_AGE_BUCKETS)
+        return tokens_TD + F.embedding(bucket_T, self.gap)
+
+
+class Summarised(NamedTuple):
+    """The output, and the newest event of each user before the output's norm (B, D)."""
+
+    output: CausalOutput
+    newest_BD: torch.Tensor
+
+
+class CausalSummary(nn.Module):
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width)
+        self.mix = nn.Linear(config.width, config.width)
+
+    def forward(self, depth: Depth, every: bool) -> Summarised:
+        timeline = depth.timeline
+        T, offsets_B1 = depth.tokens_TD.shape[0], timeline.offsets_B1
+        end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
+        earlier_BD = end_BKD.mean(1).to(depth.tokens_TD.dtype)
+        if timeline.state is not None:
+            earlier_BD = torch.where(timeline.state.count_B[:, None] > 0, timeline.state.newest_BD, earlier_BD)
+        rows_XD = torch.cat([depth.tokens_TD, earlier_BD])
+        row_B = torch.arange(timeline.num_users, device=offsets_B1.device) + T
+        row_B = torch.where(offsets_B1.diff() > 0, offsets_B1[1:] - 1, row_B)
+        outputs_XD = self.mix(self.norm(rows_XD))
+        tokens_TD = outputs_XD[:T] if every else None
+        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD)
+        return Summarised(output, rows_XD.index_select(0, row_B))
+
+
+class CausalTower(nn.Module):
+    """forward(tokens_TD, offsets_B1, times_s_T) -> CausalOutput; step(..., state) -> (CausalOutput, UserState).
+
+    times_s_T: int64 seconds, in order within a user. `memory` is an InterestMemory or None. every=False leaves out
+    the output's `tokens` and most of the last layer: for who wants the users' summary and interests only.
+    TorchRec traces forward (the tower owns the memory's bank): sub-module calls and indexing only.
+    """
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
+        super().__init__()
+        self.config, self.memory_config = config, memory
+        self.timeline = TimelineMaker(config.chunk)
+        self.gap = Gap(config.width)
+        self.first = CausalAggregate(config, 0)
+        self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
+        self.seeds = None if memory.enabled else CausalSeeds(config)
+        self.stack = CausalStack(config)
+        self.summary = CausalSummary(config)
+        self._fingerprint = Fingerprint(self)
+
+    def forward(
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = True
+    ) -> CausalOutput:
+        timeline = self.timeline(offsets_B1, times_s_T)
+        return self.summary(self._depth(tokens_TD, timeline, every), every)[0]
+
+    def _depth(self, tokens_TD: torch.Tensor, timeline: Timeline, every: bool) -> Depth:
+        tokens_TD = self.gap(tokens_TD, timeline)
+        read = self.first(tokens_TD, timeline)
+        experts_RKD = self.seeds(read, timeline) if self.memory is None else self.memory(read, timeline)
+        return self.stack(tokens_TD, experts_RKD, read, timeline, every)
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change with the tower's configuration and dense weights. Tables are trained together with
+        these and may be sharded or larger than memory: they are left out."""
+        return self._fingerprint()
+
+    def init_state(self, num_users: int, *, dtype: torch.dtype = torch.float32) -> UserState:
+        """States of users without events. dtype: of the keys and values kept, by far the largest part."""
+        return UserState.empty(
+            num_users, self.config, fingerprint=self.fingerprint(), dtype=dtype, device=self.gap.gap.device
+        )
+
+    def step(
+        self,
+        tokens_TD: torch.Tensor,
+        offsets_B1: torch.Tensor,
+        times_s_T: torch.Tensor,
+        state: UserState,
+        every: bool = True,
+    ) -> tuple[CausalOutput, UserState]:
+        """New events of a batch of users (none for some) -> the output after them, and the next states.
+
+        Equal to one pass over all events, for any cut. Gradients run into the state it was given: `state.detach()`
+        cuts them off. In training a state may outlive a change of weights; in evaluation that is refused.
+        """
+        check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=None if self.training else self.fingerprint())
+        timeline = self.timeline(offsets_B1, times_s_T, state)
+        depth = self._depth(tokens_TD, timeline, every)
+        output, newest_BD = self.summary(depth, every)
+        return output, self._next_state(timeline, depth, newest_BD)
+
+    def _next_state(self, timeline: Timeline, depth: Depth, newest_BD: torch.Tensor) -> UserState:
+        state, chunks, chunk = timeline.state, timeline.chunks, self.config.chunk
+        count_B = state.count_B + timeline.offsets_B1.diff()
+        kept_B = num_kept(count_B, chunk)
+        axis_B1 = chunks.tiles.offsets_B1
+        folded_B = chunks.first_B + (axis_B1.diff() - kept_B) // chunk  # the boundary where the kept events begin
+        slot_W = torch.arange(2 * chunk, device=count_B.device)
+        empty_BW = slot_W >= kept_B[:, None]
+        place_BW = ((axis_B1[1:] - kept_B)[:, None] + slot_W).masked_fill(empty_BW, 0)
+        return state.next(
+            count_B=count_B,
+            newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
+            times_s_E=timeline.times_s_E,
+            layers=[(read.sums.rows(folded_B), read.key_EHd, read.value_EHd) for read in depth.reads],
+            place_BW=place_BW,
+            empty_BW=empty_BW,
+        )

@@ -1,0 +1,1 @@
+"""Other sequence models under the tower's interface, to compare with."""

@@ -1,0 +1,83 @@
+"""What a user chooses about a benchmark. A suite has its own section; targets have their values in configs/benchmark.yaml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, MODES
+
+
+class Suite(StrEnum):
+    efficiency = "efficiency"
+
+
+@dataclass
+class EfficiencyTargets:
+    speedup_events: list[int] = field(
+        default_factory=list, metadata={"help": "history lengths at which inference has to be faster than SASRec-SDPA"}
+    )
+    speedups: list[float] = field(default_factory=list, metadata={"help": "by how many times, one per length"})
+    no_slower_from: int = field(default=0, metadata={"help": "inference no slower than SASRec-SDPA from here on; 0: off"})
+    slope_from: int = field(default=1, metadata={"help": "slopes are fitted to the lengths from here on"})
+    slope_min: float = field(default=0.0, metadata={"help": "least log-log slope of inference time against length"})
+    slope_max: float = field(default=0.0, metadata={"help": "greatest log-log slope; 0: slopes are not judged"})
+    gather_from: int = field(default=1, metadata={"help": "the gather ratio is judged from here on"})
+    gather_ratio: float = field(
+        default=0.0, metadata={"help": "inference may take so many times the embedding gather of its events; 0: off"}
+    )
+
+    def __post_init__(self) -> None:
+        if len(self.speedup_events) != len(self.speedups):
+            raise ValueError(
+                f"targets.speedup_events={self.speedup_events} and targets.speedups={self.speedups}: "
+                "give as many speed-ups as lengths"
+            )
+
+
+@dataclass
+class EfficiencyConfig:
+    events: list[int] = field(default_factory=list, metadata={"help": "history lengths N, ascending"})
+    contestants: list[str] = field(default_factory=lambda: list(CONTESTANTS), metadata={"help": "who takes part"})
+    modes: list[str] = field(default_factory=lambda: list(MODES), metadata={"help": "inference, training"})
+    repetitions: int = field(default=7, metadata={"help": "rounds over all contestants; a cell is a median of rounds"})
+    min_sample_s: float = field(default=0.02, metadata={"help": "short calls are repeated until a sample takes so long"})
+    max_cell_s: float = field(
+        default=20.0,
+        metadata={"help": "seconds for the rounds of a cell; a cell predicted to need more for one call is skipped"},
+    )
+    memory_limit_gib: float = field(
+        default=8.0, metadata={"help": "what a call may allocate; beyond it the cell says 'out of memory'"}
+    )
+    gather_rows: int = field(default=1_000_000, metadata={"help": "rows of the table that the bare gather reads"})
+    targets: EfficiencyTargets = field(default_factory=EfficiencyTargets, metadata={"help": "what check=true asks for"})
+
+    def __post_init__(self) -> None:
+        for name, known in (("contestants", tuple(CONTESTANTS)), ("modes", MODES)):
+            unknown = [value for value in getattr(self, name) if value not in known]
+            if unknown:
+                raise ValueError(f"efficiency.{name}: {unknown} unknown, choose from {list(known)}")
+        if not self.events or self.events != sorted(set(self.events)) or self.events[0] < 1:
+            raise ValueError(f"efficiency.events={self.events}: give positive lengths in ascending order")
+        if self.repetitions < 1:
+            raise ValueError(f"efficiency.repetitions={self.repetitions}: must be at least 1")
+
+
+@dataclass
+class BenchmarkConfig:
+    suite: Suite = field(default=Suite.efficiency, metadata={"help": "what to measure"})
+    out: str = field(default="runs/benchmark", metadata={"help": "folder for table, figures and plot"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: CUDA where there is one"})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default (OMP_NUM_THREADS, or all cores)"})
+    seed: int = field(default=0, metadata={"help": "seed of weights and events"})
+    check: bool = field(default=False, metadata={"help": "exit with 1, naming them, if targets are missed"})
+    model: TowerConfig = field(default_factory=TowerConfig, metadata={"help": "the tower, and what SASRec copies of it"})
+    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "the tower's interest memory"})
+    efficiency: EfficiencyConfig = field(
+        default_factory=lambda: EfficiencyConfig(events=[256]), metadata={"help": "suite=efficiency"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: set cpu, cuda or auto")
