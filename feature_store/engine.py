@@ -3,7 +3,7 @@
 Every file is inserted into one staging table in input order. DuckDB keeps insertion order (also when it parses a file
 in parallel), so rowid IS "file number, row number", the tie-break of the sort. All passes but the first read the
 staging table, on disk beside the future store, and never parse text again. Spark will do the same job behind the same
-four calls: load, select, vocabulary, sorted_batches.
+calls: load, drop_duplicates, select, vocabulary, sorted_batches.
 
 Bucket of a user, the same on every engine: int64 ids ((id % N) + N) % N; strings: the first 15 hex digits of
 md5(utf-8 bytes) read as an unsigned integer, modulo N.
@@ -35,14 +35,22 @@ class DuckEngine:
             self._db = duckdb.connect(str(work / "events.duckdb"), config=config)
         except duckdb.Error as error:
             raise DataError(f"DuckDB refused its settings ({error}); check memory_limit and threads") from error
+        self._memory_limit = memory_limit
         self._roles = roles
         self._unit = unit
         self._indexed = [r for r in roles if r not in ("timestamp", "event_id")]
         self._kinds: dict[str, str] = {}
         self._first_source: Source | None = None
 
-    def close(self) -> None:
+    def __enter__(self) -> DuckEngine:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._db.close()
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise DataError(
+                f"memory_limit={self._memory_limit} is too small ({error}); raise it or lower threads"
+            ) from error
 
     def load(self, source: Source) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first bad row."""
@@ -73,6 +81,19 @@ class DuckEngine:
         if bad is not None:
             self._explain(source, row=bad - first, needed=needed)
         return count
+
+    def drop_duplicates(self) -> int:
+        """Of events with one user, timestamp and event_id keeps the first; returns how many went. Nothing where the log
+        has no event_id: two equal events may both have happened. These are neighbours in the store's order, so an
+        event_id need only be unique within its user and time."""
+        if "event_id" not in self._roles:
+            return 0
+        key = '"user", timestamp, event_id'
+        return self._one(
+            "DELETE FROM raw WHERE rowid IN (SELECT raw.rowid FROM raw JOIN "
+            f"(SELECT {key}, min(rowid) AS first FROM raw GROUP BY {key} HAVING count(*) > 1) twice "
+            f"USING ({key}) WHERE raw.rowid > twice.first)"
+        )
 
     def select(self, *, min_user_events: int, min_item_events: int) -> dict[str, int]:
         """Drops rare items first, then users left with too few events; then numbers what is left.
@@ -121,25 +142,31 @@ class DuckEngine:
     def sorted_batches(self, *, num_buckets: int) -> pa.RecordBatchReader:
         """Kept events as (bucket, user_id, timestamp, [event_id,] item, context...) sorted by bucket, user, timestamp,
         event_id, input order; ids of item and context as vocabulary indices."""
-        user = self._value("user")
-        if self._types["user"] == "int64":
-            bucket = f"((u.id % {num_buckets}) + {num_buckets}) % {num_buckets}"
-        else:
-            bucket = f"('0x' || substr(md5(u.id), 1, 15))::BIGINT % {num_buckets}"
-        leaves, order = ["raw.timestamp AS timestamp"], ["timestamp"]
+        return self._sorted(self._new_events(num_buckets))
+
+    def _new_events(self, num_buckets: int) -> str:
+        """SQL of the staged events as the store holds them; seq is their place in the input."""
+        leaves = ["raw.timestamp AS timestamp"]
         if "event_id" in self._roles:
             leaves.append(f"{self._value('event_id')} AS event_id")
-            order.append("event_id")
         leaves.append("i.idx AS item")
         joins = 'JOIN "vocab_user" u ON u.raw_id = raw."user" JOIN "vocab_item" i ON i.raw_id = raw.item'
         for number, role in enumerate(self._indexed[2:]):
             leaves.append(f'coalesce(c{number}.idx, {UNKNOWN}) AS "{role}"')
             joins += f' LEFT JOIN "vocab_{role}" c{number} ON c{number}.raw_id = raw."{role}"'
-        return _reader(
-            self._db,
-            f"SELECT ({bucket})::INTEGER AS bucket, {user} AS user_id, {', '.join(leaves)} FROM raw {joins} "
-            f"ORDER BY bucket, user_id, {', '.join(order)}, raw.rowid",
+        return (
+            f"SELECT {self._bucket('u.id', num_buckets)} AS bucket, u.id AS user_id, {', '.join(leaves)}, "
+            f"raw.rowid AS seq FROM raw {joins}"
         )
+
+    def _sorted(self, events: str) -> pa.RecordBatchReader:
+        order = "timestamp, event_id" if "event_id" in self._roles else "timestamp"
+        return _reader(self._db, f"SELECT * EXCLUDE (seq) FROM ({events}) ORDER BY bucket, user_id, {order}, seq")
+
+    def _bucket(self, user: str, num_buckets: int) -> str:
+        if self._types["user"] == "int64":
+            return f"((({user} % {num_buckets}) + {num_buckets}) % {num_buckets})::INTEGER"
+        return f"(('0x' || substr(md5({user}), 1, 15))::BIGINT % {num_buckets})::INTEGER"
 
     def _staged_sql(self, source: Source, role: str) -> str:
         if role == "timestamp":
@@ -147,7 +174,7 @@ class DuckEngine:
         return id_sql(source.raw[role], source.kinds[role])
 
     def _value(self, role: str) -> str:
-        return "u.id" if role == "user" else f'CAST(raw."{role}" AS {SQL_TYPES[self._types[role]]})'
+        return f'CAST(raw."{role}" AS {SQL_TYPES[self._types[role]]})'
 
     def _final_type(self, role: str) -> str:
         """Text ids are integers where every one of them is written as DuckDB would write that integer ("07" is not)."""
@@ -155,11 +182,14 @@ class DuckEngine:
             return "int64"
         if self._first_source is not None and self._first_source.scan.startswith("read_parquet"):
             return "string"  # a typed file says what it means
-        other = self._one(
-            f'SELECT count(*) FROM (SELECT DISTINCT "{role}" AS t FROM raw WHERE "{role}" IS NOT NULL) '
+        return "string" if self._not_an_integer(role) is not None else "int64"
+
+    def _not_an_integer(self, role: str) -> str | None:
+        """The first (by text) id that is not written as an integer, None where all are."""
+        return self._one(
+            f'SELECT min(t) FROM (SELECT DISTINCT "{role}" AS t FROM raw WHERE "{role}" IS NOT NULL) '
             "WHERE TRY_CAST(t AS BIGINT) IS NULL OR TRY_CAST(t AS BIGINT)::VARCHAR <> t"
         )
-        return "int64" if other == 0 else "string"
 
     def _explain(self, source: Source, *, row: int, needed: list[str]) -> None:
         """Reads the one bad row again and raises DataError that quotes it. row counts from 0."""
@@ -174,7 +204,7 @@ class DuckEngine:
             raise DataError(f"{where} {value!r} does not fit int64; write it as a string")
         raise DataError(f"{where} {value!r} {_time_fault(value, source.kinds[role], self._unit)}")
 
-    def _one(self, sql: str) -> int | None:
+    def _one(self, sql: str) -> int | str | None:
         return self._run(sql)[0][0]
 
     def _run(self, sql: str) -> list[tuple]:

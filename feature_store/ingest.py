@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-import duckdb
-import pyarrow as pa
-
 from elastic_rec.feature_store import manifest, schema
-from elastic_rec.feature_store.cutter import WrittenFile, write_histories
+from elastic_rec.feature_store.contents import describe_schema, describe_written, load_inputs, write_vocabularies
+from elastic_rec.feature_store.cutter import write_histories
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.sources import find_inputs, open_source
+from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.staging import Staging
 
 BUCKET_HASH = "int64: ((id % N) + N) % N; string: int(md5(utf8).hexdigest()[:15], 16) % N"
@@ -41,10 +39,24 @@ class TimeUnit(Enum):
     ns = "ns"
 
 
+class IngestMode(Enum):
+    create = "create"
+    append = "append"
+    compact = "compact"
+    rollback = "rollback"
+
+
 @dataclass
 class IngestConfig:
     """What to read, what to keep, where to write. Enums also take their value as a string."""
 
+    mode: IngestMode = field(
+        default=IngestMode.create,
+        metadata={
+            "help": "create: a new store at `out`. The others change the store there: append folds new input in, "
+            "compact deletes generations that nobody needs, rollback makes an earlier generation the current one."
+        },
+    )
     name: str = field(default="events", metadata={"help": "Name of the data set; goes into the manifest."})
     input: list[str] = field(
         default_factory=list,
@@ -59,7 +71,11 @@ class IngestConfig:
         default="timestamp", metadata={"help": "Input column with the event's time since 1970, in timestamp_unit."}
     )
     event_id_column: str | None = field(
-        default=None, metadata={"help": "Input column that orders events of equal time; none: input order does."}
+        default=None,
+        metadata={
+            "help": "Input column that orders events of equal time (none: input order does); of events equal in user, "
+            "time and event id one is kept."
+        },
     )
     context_columns: list[str] = field(
         default_factory=list,
@@ -86,9 +102,20 @@ class IngestConfig:
         default="1GB", metadata={"help": "Memory of DuckDB; beyond it the sort spills beside `out`."}
     )
     threads: int = field(default=0, metadata={"help": "Threads of DuckDB; 0: one per core."})
+    force: bool = field(
+        default=False,
+        metadata={"help": "append: take an input without event ids even if the store holds it already (doubles it)."},
+    )
+    generation: int | None = field(default=None, metadata={"help": "rollback: the generation to go back to."})
+    grace_hours: float = field(
+        default=24.0,
+        metadata={"help": "compact: keep generations that were current so many hours ago, for their open readers."},
+    )
 
     def __post_init__(self) -> None:
         self.format, self.timestamp_unit = InputFormat(self.format), TimeUnit(self.timestamp_unit)
+        self.mode = IngestMode(self.mode)
+        self._check_mode()
         for name in ("min_user_events", "min_item_events", "num_buckets", "row_group_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -104,6 +131,21 @@ class IngestConfig:
         if len({name.lower() for name in self.context_columns}) < len(self.context_columns):
             raise ValueError(f"context_columns={self.context_columns}: a name is given twice")
 
+    def _check_mode(self) -> None:
+        mode = self.mode.value
+        if self.overwrite and mode != "create":
+            raise ValueError(f"overwrite=true replaces a store, mode={mode} changes one: set only one of them")
+        if self.force and mode != "append":
+            raise ValueError(f"force=true has no effect on mode={mode}; leave it out")
+        if (self.generation is not None) != (mode == "rollback"):
+            raise ValueError(
+                f"mode={mode}, generation={self.generation}: rollback needs a generation, no other has one"
+            )
+        if self.input and mode in ("compact", "rollback"):
+            raise ValueError(f"mode={mode} reads no input; leave input out")
+        if self.grace_hours < 0:
+            raise ValueError(f"grace_hours={self.grace_hours}: give 0 for none, or more")
+
     def roles(self) -> dict[str, str]:
         """role -> input column, event columns with a vocabulary in the order of the store's struct."""
         roles = {"user": self.user_column, "item": self.item_column, "timestamp": self.timestamp_column}
@@ -113,7 +155,7 @@ class IngestConfig:
 
 
 def ingest(config: IngestConfig) -> dict:
-    """Writes the store at config.out. Returns its figures; raises DataError for bad input, leaving nothing behind."""
+    """Writes the store at config.out (mode=create). Returns its figures; DataError for bad input leaves nothing."""
     began = time.perf_counter()
     if not config.out:
         raise DataError("out is empty: say where to write the store")
@@ -132,26 +174,22 @@ def ingest(config: IngestConfig) -> dict:
 
 def _build(config: IngestConfig, paths: list[Path], format: str, staging: Staging) -> dict:
     roles = config.roles()
-    settings = {role: f"{role}_column" if role not in config.context_columns else "context_columns" for role in roles}
-    engine = DuckEngine(
+    with DuckEngine(
         work=staging.work,
         roles=list(roles),
         unit=config.timestamp_unit.value,
         memory_limit=config.memory_limit,
         threads=config.threads,
-    )
-    try:
-        inputs = []
-        for path in paths:
-            source = open_source(path, format=format, columns=roles, settings=settings)
-            inputs.append({"path": str(path), "bytes": path.stat().st_size, "events": engine.load(source)})
+    ) as engine:
+        inputs = load_inputs(engine, paths, format=format, roles=roles)
+        duplicates = engine.drop_duplicates()
         counts = engine.select(min_user_events=config.min_user_events, min_item_events=config.min_item_events)
         if counts["users"] == 0:
             raise DataError(
                 f"no users left of {counts['read_users']} with {counts['read_events']} events after "
                 f"min_item_events={config.min_item_events} and min_user_events={config.min_user_events}; lower them"
             )
-        vocabularies = _write_vocabularies(engine, ["user", "item", *config.context_columns], staging.root)
+        vocabularies = write_vocabularies(engine, ["user", "item", *config.context_columns], staging.root)
         store_schema = schema.history_schema(
             user_type=engine.id_type("user"),
             event_id_type=engine.id_type("event_id"),
@@ -163,59 +201,27 @@ def _build(config: IngestConfig, paths: list[Path], format: str, staging: Stagin
             schema=store_schema,
             row_group_events=config.row_group_events,
         )
-    except duckdb.OutOfMemoryException as error:
-        raise DataError(
-            f"memory_limit={config.memory_limit} is too small ({error}); raise it or lower threads"
-        ) from error
-    finally:
-        engine.close()
     dropped = {f"dropped_{what}": counts[f"read_{what}"] - counts[what] for what in ("events", "users", "items")}
+    dropped["dropped_duplicates"] = duplicates
     content = {
+        "generation": 0,
         "name": config.name,
         "time_unit": config.timestamp_unit.value,
         "num_users": counts["users"],
         "num_events": counts["events"],
         "num_buckets": config.num_buckets,
+        "row_group_events": config.row_group_events,
         "bucket_hash": BUCKET_HASH,
-        "schema": _describe_schema(store_schema),
-        "files": [_describe(staging.root, file) for file in written],
+        "schema": describe_schema(store_schema),
+        "files": [describe_written(staging.root, file) for file in written],
         "vocabularies": vocabularies,
-        "source": {"format": format, "columns": roles, "files": inputs},
+        "source": {"columns": roles, "files": [{**entry, "generation": 0} for entry in inputs]},
         "filters": {"min_item_events": config.min_item_events, "min_user_events": config.min_user_events} | dropped,
     }
     staging.drop_work()
-    manifest.write_manifest(staging.root, content)
+    manifest.write_manifest(staging.root / manifest.MANIFEST, content)
     size = sum(entry["bytes"] for entry in [*content["files"], *vocabularies.values()])
-    kept = {key: counts[key] for key in ("users", "items", "events", "read_events")}
+    kept = {key: counts[key] for key in ("users", "items", "events")} | {
+        "read_events": counts["read_events"] + duplicates
+    }
     return {**kept, **dropped, "input_files": len(paths), "data_files": len(written), "bytes": size}
-
-
-def _write_vocabularies(engine: DuckEngine, columns: list[str], root: Path) -> dict:
-    (root / "vocab").mkdir()
-    entries = {}
-    for column in columns:
-        path = root / "vocab" / f"{column}.parquet"
-        vocabulary = engine.vocabulary(column)
-        vocabulary.write(path)
-        described = manifest.describe_file(root, path)
-        entries[column] = {"size": vocabulary.size, "type": engine.id_type(column), **described}
-    return entries
-
-
-def _describe_schema(store_schema: pa.Schema) -> dict:
-    leaves = store_schema.field(schema.EVENTS).type.value_type
-    return {
-        schema.USER: str(store_schema.field(schema.USER).type),
-        schema.EVENTS: {leaf.name: str(leaf.type) for leaf in leaves},
-    }
-
-
-def _describe(root: Path, file: WrittenFile) -> dict:
-    return {
-        **manifest.describe_file(root, file.path),
-        "num_users": sum(users for users, _ in file.row_groups),
-        "num_events": sum(events for _, events in file.row_groups),
-        "row_groups": [list(group) for group in file.row_groups],
-        "min_time": file.min_time,
-        "max_time": file.max_time,
-    }

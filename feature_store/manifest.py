@@ -2,10 +2,11 @@
 
     {format, version, name, time_unit, num_users, num_events, num_buckets, bucket_hash, schema,
      files: [{path, bytes, sha256, num_users, num_events, row_groups: [[users, events], ...], min_time, max_time}],
-     vocabularies: {column: {path, size, type, bytes, sha256}}, source, filters, hash}
+     vocabularies: {column: {path, size, type, bytes, sha256}}, source, filters, generation, hash}
 
 `hash` covers all the rest, file digests included, so two stores with one hash hold the same bytes. No date and no
-path of the store itself is inside: the same input gives the same manifest.
+path of the store itself is inside: the same input gives the same manifest. Every append makes a generation with a
+manifest of its own, manifest-000007.json; manifest.json is a copy of the current one's (generations.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from elastic_rec.feature_store.errors import DataError
@@ -30,23 +32,72 @@ def describe_file(root: Path, path: Path) -> dict:
     return {"path": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
 
 
-def write_manifest(root: Path, content: dict) -> dict:
-    """Adds format, version and hash, writes, syncs. Returns what was written."""
+def write_manifest(path: Path, content: dict) -> dict:
+    """Adds format, version and hash. Returns what was written."""
+    content = {key: value for key, value in content.items() if key not in ("format", "version", "hash")}
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["hash"] = content_hash(manifest)
-    with (root / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(path, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     return manifest
 
 
-def read_manifest(root: Path) -> dict:
-    """Reads and checks manifest.json and that every file it names is there with the recorded size (DataError)."""
-    path = root / MANIFEST
+def replace_file(path: Path, content: bytes) -> None:
+    """Whoever reads `path`, now or after a crash, finds the old content or the new one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def generation_path(root: Path, generation: int) -> Path:
+    return root / f"manifest-{generation:06d}.json"
+
+
+def filed_generations(root: Path) -> list[int]:
+    """Generations with a manifest of their own, ascending; generation 0 gets one when the first append leaves it."""
+    names = (re.fullmatch(r"manifest-(\d{6,})\.json", path.name) for path in root.glob("manifest-*.json"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def read_manifest(root: Path, generation: int | None = None) -> dict:
+    """Reads and checks the manifest of a generation (None: the current one, manifest.json) and that every file it
+    names is there with the recorded size (DataError)."""
+    filed = filed_generations(root)
+    remedy = f"take one of {_listed(filed)}, with ingest mode=rollback generation=N" if filed else "rerun ingest"
+    if generation is None or (generation == 0 and not filed):
+        manifest = _load(root, root / MANIFEST, remedy)
+        current = manifest.get("generation", 0)
+        if current > 0 and current not in filed:
+            raise DataError(
+                f"{root / MANIFEST}: names generation {current}, but {generation_path(root, current).name} is missing; "
+                f"copy the store whole, or {remedy}"
+            )
+    elif generation in filed:
+        manifest = _load(root, generation_path(root, generation), remedy)
+    else:
+        raise DataError(f"{root}: no generation {generation}; there are {_listed(filed) or '0 only'}")
+    for entry in [*manifest["files"], *manifest["vocabularies"].values()]:
+        _check_size(root / entry["path"], entry["bytes"])
+    return manifest
+
+
+def _listed(generations: list[int]) -> str:
+    return ", ".join(map(str, generations))
+
+
+def _load(root: Path, path: Path, remedy: str) -> dict:
     if not path.is_file():
-        there = "it has no manifest.json" if root.is_dir() else "no such folder"
-        raise DataError(f"{root}: unfinished or not a history store ({there}); rerun ingest")
+        there = f"it has no {path.name}" if root.is_dir() else "no such folder"
+        raise DataError(f"{root}: unfinished or not a history store ({there}); {remedy}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -59,8 +110,6 @@ def read_manifest(root: Path) -> dict:
         )
     if manifest.get("hash") != content_hash(manifest):
         raise DataError(f"{path}: its hash does not match its content; the manifest was changed, rerun ingest")
-    for entry in [*manifest["files"], *manifest["vocabularies"].values()]:
-        _check_size(root / entry["path"], entry["bytes"])
     return manifest
 
 
@@ -79,6 +128,9 @@ def content_hash(manifest: dict) -> str:
 
 def _check_size(path: Path, recorded: int) -> None:
     if not path.is_file():
-        raise DataError(f"{path}: missing, though the manifest names it; restore it or rerun ingest")
+        raise DataError(
+            f"{path}: missing, though the manifest names it; restore it or rerun ingest (if a compaction deleted this "
+            "generation just now, open the store again)"
+        )
     if (size := path.stat().st_size) != recorded:
         raise DataError(f"{path}: {size} bytes, the manifest says {recorded}; truncated or changed, rerun ingest")

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.manifest import MANIFEST
+from elastic_rec.feature_store.manifest import MANIFEST, sync_folder
 
 
 class Staging:
@@ -33,7 +33,7 @@ class Staging:
             self.work.mkdir(parents=True)
         except FileExistsError as error:
             raise DataError(f"{self.root}: in use by another ingest of this process") from error
-        self._lock = _lock_folder(self.root)
+        self._lock = lock_folder(self.root)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -50,6 +50,10 @@ class Staging:
         self._check_free()
         old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
         replaces = self.out.exists() and any(self.out.iterdir())
+        # Held to the end: an append that begins now must not write into a folder on its way out.
+        old_lock = lock_folder(self.out) if replaces else None
+        if replaces and old_lock is None:
+            raise DataError(f"{self.out}: an append or compaction is at work in it; wait for it and run again")
         if replaces:
             self.out.rename(old)
         try:
@@ -58,7 +62,10 @@ class Staging:
             if replaces:
                 old.rename(self.out)
             raise DataError(f"{self.out}: cannot be put in place ({error}); another ingest to the same out?") from error
-        _sync_folder(self.out.parent)
+        finally:
+            if old_lock is not None:
+                os.close(old_lock)
+        sync_folder(self.out.parent)
         for leftover in self.out.parent.glob(_escape(self.out.name) + ".old-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -72,13 +79,13 @@ class Staging:
 
     def _clear_litter(self) -> None:
         for folder in self.out.parent.glob(_escape(self.out.name) + ".tmp-*"):
-            lock = _lock_folder(folder)
+            lock = lock_folder(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
 
 
-def _lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """An open, locked descriptor; None where a living process holds the lock or the folder is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -90,12 +97,6 @@ def _lock_folder(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _escape(name: str) -> str:

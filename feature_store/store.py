@@ -32,6 +32,7 @@ class Store:
     def __init__(self, path: Path, manifest: dict) -> None:
         self.path = path
         self.manifest = manifest
+        self.generation: int = manifest.get("generation", 0)
         self.num_users: int = manifest["num_users"]
         self.num_events: int = manifest["num_events"]
         self.time_unit: str = manifest["time_unit"]
@@ -40,10 +41,13 @@ class Store:
         self._vocabularies: dict[str, Vocabulary] = {}
 
     @classmethod
-    def open(cls, path: str | Path) -> Store:
-        """Reads the manifest and checks its hash and each file's size. DataError where the store is not whole."""
+    def open(cls, path: str | Path, *, generation: int | None = None) -> Store:
+        """Reads the manifest of a generation (None: the current one), checks its hash and each file's size.
+
+        DataError where the store is not whole. What is opened stays as it is, whatever is appended later.
+        """
         path = Path(path)
-        return cls(path, read_manifest(path))
+        return cls(path, read_manifest(path, generation))
 
     def verify(self) -> None:
         """Reads every byte and compares digests with the manifest's; DataError names the first file that differs."""
@@ -100,7 +104,10 @@ def open_data_file(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be opened ({error}); changed since ingest, rerun it") from error
+        raise DataError(
+            f"{path}: cannot be opened ({error}); changed, or its generation was deleted by a "
+            "compaction: open the store again"
+        ) from error
 
 
 def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str], path: Path) -> pa.Table:

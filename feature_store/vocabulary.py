@@ -1,4 +1,7 @@
-"""Raw ids <-> table rows. Row 0 is padding, row 1 stands for every id not seen at ingest, the rest by count."""
+"""Raw ids <-> table rows. Row 0 is padding, row 1 stands for every id not seen at ingest, the rest by count.
+
+An append never moves an id: its new ids come after all old ones, by count within the append.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ FIRST = 2
 
 
 class Vocabulary:
-    """Ids in order of falling count (ties: rising id), so index 2 is the most frequent id.
+    """Ids in order of falling count (ties: rising id), so index 2 is the most frequent id of the first ingest.
 
     ids: int64 or string Array, ids[i] has index i + FIRST.
     counts: (size,) int64, events with that id in the store, 0 for the two reserved indices.

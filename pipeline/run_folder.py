@@ -31,6 +31,13 @@ FIXED = (
 )  # fmt: skip
 
 
+def keep_generation(config: TrainConfig) -> None:
+    """Let a resumed run read the store as it was when the run began, whatever has been appended since."""
+    known = Path(config.run.dir) / "config.yaml"
+    if config.run.resume and config.data.generation is None and known.exists():
+        config.data.generation = read_config(config.run.dir).data.generation
+
+
 def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
     """Make the run folder, or check that a resumed run fits it. Returns its path.
 
@@ -58,7 +65,8 @@ def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
         rows = {name: task.store.vocabulary(name).size for name in task.columns}
         write_json(run_dir / "tables.json", {"rows": rows, "store": task.store.manifest["hash"]})
         saved = OmegaConf.structured(config)
-        saved.data.store = str(task.store.path.resolve())  # evaluate and score may be started from elsewhere
+        # Evaluate and score may be started from elsewhere, and after more days were appended.
+        saved.data.store, saved.data.generation = str(task.store.path.resolve()), task.store.generation
         write_text(known, OmegaConf.to_yaml(saved))
     dist.barrier()
     return run_dir

@@ -19,6 +19,10 @@ from elastic_rec.pipeline.sharding import ParallelConfig
 @dataclass
 class DataConfig:
     store: str = field(default="", metadata={"help": "folder of the history store that ingest writes and others read"})
+    generation: int | None = field(
+        default=None,
+        metadata={"help": "generation of the store to read; none: the newest, to which a run keeps"},
+    )
     columns: list[str] = field(
         default_factory=list, metadata={"help": "event columns to embed beside the item, e.g. [action]"}
     )

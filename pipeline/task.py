@@ -26,7 +26,8 @@ class NextItemTask:
     def __init__(self, config: TrainConfig, *, world: World, store: str = "") -> None:
         self.config = config
         self.world = world
-        self.store = Store.open(store or config.data.store)
+        # A run's generation says nothing about another store.
+        self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
         self.columns = ["item", *config.data.columns]
         self.num_items = self.store.vocabulary("item").size
 

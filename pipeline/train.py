@@ -9,7 +9,7 @@ from elastic_rec.pipeline.evaluation import evaluate, memory_usage
 from elastic_rec.pipeline.launch import World, verb
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
-from elastic_rec.pipeline.run_folder import open_run
+from elastic_rec.pipeline.run_folder import keep_generation, open_run
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import plan_table, shard
 from elastic_rec.pipeline.task import NextItemTask
@@ -18,6 +18,7 @@ from elastic_rec.pipeline.trainer import Trainer, planned_steps
 
 @verb("train", TrainConfig, distributed=True)
 def main(config: TrainConfig, world: World) -> dict:
+    keep_generation(config)
     task = NextItemTask(config, world=world)
     reader = task.train_reader()
     model = task.build_model()

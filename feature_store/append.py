@@ -1,0 +1,218 @@
+"""A new day's events folded into a store: the next generation, all or nothing.
+
+Buckets that get events are written anew beside the old ones (copy-on-write), the others are shared. Data files first,
+then their manifest, then manifest.json (generations.py): whatever moment the process dies at, the current generation
+stays whole, and running the append again finishes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from elastic_rec.feature_store import schema
+from elastic_rec.feature_store.contents import describe_written, input_digest, load_inputs, write_vocabularies
+from elastic_rec.feature_store.cutter import write_histories
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.generations import SCRATCH, next_generation, publish, writing
+from elastic_rec.feature_store.ingest import IngestConfig, TimeUnit
+from elastic_rec.feature_store.manifest import check_digest, sync_folder
+from elastic_rec.feature_store.merge import MergeEngine
+from elastic_rec.feature_store.sources import find_inputs
+from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.vocabulary import FIRST
+
+
+def append(config: IngestConfig) -> dict:
+    """Adds config.input to the store at config.out. Returns figures; DataError leaves the store as it was.
+
+    Columns, time unit, buckets and row groups are those the store was made with.
+    """
+    began = time.perf_counter()
+    with writing(config.out) as root:
+        base = Store.open(root)
+        config = _settled(config, base)
+        paths, format = find_inputs(config.input, format=config.format.value)
+        if not config.force and config.event_id_column is None:
+            _refuse_known(paths, base)
+        work = root / SCRATCH
+        work.mkdir()
+        try:
+            figures = _fold(config, base, paths, format, work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    seconds = time.perf_counter() - began
+    rate = round(figures["read_events"] / seconds)
+    return {"store": str(config.out), **figures, "seconds": round(seconds, 3), "events_per_s": rate}
+
+
+def _settled(config: IngestConfig, base: Store) -> IngestConfig:
+    """config with the store's own settings; DataError where config asks for others, or the store cannot grow."""
+    stored = base.manifest
+    if "row_group_events" not in stored:
+        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest it anew (mode=create)")
+    columns, filters = stored["source"]["columns"], stored["filters"]
+    for name in ("min_user_events", "min_item_events"):
+        if filters[name] > 1:
+            raise DataError(
+                f"{base.path} was made with {name}={filters[name]}: what was dropped then is not in it and might be "
+                f"kept today. Make the store with {name}=1 to append to it, or ingest everything anew (mode=create)"
+            )
+    settled = {
+        "name": stored["name"],
+        "user_column": columns["user"],
+        "item_column": columns["item"],
+        "timestamp_column": columns["timestamp"],
+        "event_id_column": columns.get("event_id"),
+        "context_columns": [c for c in columns if c not in ("user", "item", "timestamp", "event_id")],
+        "timestamp_unit": TimeUnit(stored["time_unit"]),
+        "num_buckets": stored["num_buckets"],
+        "row_group_events": stored["row_group_events"],
+        "min_user_events": 1,
+        "min_item_events": 1,
+    }
+    default = IngestConfig()
+    for name, value in settled.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(default, name)):  # a setting left alone cannot be told from the default
+            raise DataError(f"{name}={given}, but {base.path} was made with {value}; leave {name} out")
+    return replace(config, **settled)
+
+
+def _refuse_known(paths: list[Path], base: Store) -> None:
+    """Without event ids only the bytes of a file tell that its events are in the store already."""
+    known = {entry["sha256"]: f"{entry['path']}, generation {entry['generation']}" for entry in _inputs(base)}
+    for path in paths:
+        digest = input_digest(path)
+        if digest in known:
+            raise DataError(
+                f"{path}: the same bytes were taken before ({known[digest]}); nothing was appended. To append such "
+                "events once more and so double them: force=true"
+            )
+        known[digest] = f"{path}, this append"
+
+
+def _inputs(base: Store) -> list[dict]:
+    return base.manifest["source"]["files"]
+
+
+def _fold(config: IngestConfig, base: Store, paths: list[Path], format: str, work: Path) -> dict:
+    root, roles = base.path, config.roles()
+    old_files = {_bucket(entry): entry for entry in base.manifest["files"]}
+    (work / "duckdb").mkdir()
+    with MergeEngine(
+        base=base,
+        work=work / "duckdb",
+        roles=list(roles),
+        memory_limit=config.memory_limit,
+        threads=config.threads,
+    ) as engine:
+        inputs = load_inputs(engine, paths, format=format, roles=roles)
+        read_events = sum(entry["events"] for entry in inputs)
+        engine.adopt_types()
+        old = _pick(old_files, engine.touched_buckets())
+        for entry in old:  # a bit flipped on disk must not be copied under a fresh digest
+            check_digest(root, entry)
+        duplicates = engine.drop_duplicates() + engine.drop_known([root / entry["path"] for entry in old])
+        if duplicates == read_events:
+            return _nothing_new(base, read_events)
+        old = _pick(old_files, engine.touched_buckets())
+        counts = engine.fold()
+        vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
+        written = write_histories(
+            engine.merged_batches([root / entry["path"] for entry in old]),
+            root=work,
+            schema=schema.history_schema(
+                user_type=engine.id_type("user"),
+                event_id_type=engine.id_type("event_id"),
+                context_columns=config.context_columns,
+            ),
+            row_group_events=config.row_group_events,
+        )
+    data = [describe_written(work, file) for file in written]
+    expected = sum(entry["num_events"] for entry in old) + counts["appended_events"]
+    if (found := sum(entry["num_events"] for entry in data)) != expected:
+        raise DataError(
+            f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
+            "program: please report it with the input"
+        )
+    number = next_generation(root)
+    data = _put_in_place(data, work, root)
+    vocabularies = dict(zip(vocabularies, _put_in_place(list(vocabularies.values()), work, root), strict=True))
+    by_bucket = old_files | {_bucket(entry): entry for entry in data}
+    files = [by_bucket[bucket] for bucket in sorted(by_bucket)]
+    filters = base.manifest["filters"]
+    content = {
+        **base.manifest,
+        "parent": base.manifest["hash"],
+        "num_users": counts["users"],
+        "num_events": sum(entry["num_events"] for entry in files),
+        "files": files,
+        "vocabularies": vocabularies,
+        "source": {
+            **base.manifest["source"],
+            "files": [*_inputs(base), *({**entry, "generation": number} for entry in inputs)],
+        },
+        "filters": filters | {"dropped_duplicates": filters["dropped_duplicates"] + duplicates},
+    }
+    manifest = publish(root, number, content)
+    data_bytes = sum(entry["bytes"] for entry in data)
+    vocabulary_bytes = sum(entry["bytes"] for entry in vocabularies.values())
+    appended_bytes = data_bytes * counts["appended_events"] / expected
+    return {
+        "generation": number,
+        "hash": manifest["hash"],
+        "read_events": read_events,
+        "dropped_duplicates": duplicates,
+        **counts,
+        "events": manifest["num_events"],
+        "rewritten_files": len(data),
+        "written_bytes": data_bytes + vocabulary_bytes,
+        "appended_bytes": round(appended_bytes),
+        "write_amplification": round((data_bytes + vocabulary_bytes) / appended_bytes, 2),
+    }
+
+
+def _nothing_new(base: Store, read_events: int) -> dict:
+    """Every event was there already: the current generation stays the current one."""
+    return {
+        "generation": base.generation,
+        "hash": base.manifest["hash"],
+        "read_events": read_events,
+        "dropped_duplicates": read_events,
+        "appended_events": 0,
+        "users": base.num_users,
+        "new_users": 0,
+        "items": base.vocabulary("item").size - FIRST,
+        "new_items": 0,
+        "events": base.num_events,
+        "rewritten_files": 0,
+        "written_bytes": 0,
+        "appended_bytes": 0,
+        "write_amplification": 0.0,
+    }
+
+
+def _pick(files: dict[int, dict], buckets: set[int]) -> list[dict]:
+    return [files[bucket] for bucket in sorted(buckets) if bucket in files]
+
+
+def _bucket(entry: dict) -> int:
+    return int(Path(entry["path"]).parent.name.removeprefix("bucket="))
+
+
+def _put_in_place(entries: list[dict], work: Path, root: Path) -> list[dict]:
+    """Moves finished files into the store under names made of their digests, so that none replaces another's bytes."""
+    moved = []
+    for entry in entries:
+        folder, name = Path(entry["path"]).parts
+        stem = "part" if folder != "vocab" else Path(name).stem
+        path = root / folder / f"{stem}-{entry['sha256'][:16]}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        (work / entry["path"]).rename(path)
+        moved.append({**entry, "path": path.relative_to(root).as_posix()})
+    for folder in {(root / entry["path"]).parent for entry in moved} | {root}:
+        sync_folder(folder)
+    return moved

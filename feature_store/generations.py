@@ -1,0 +1,134 @@
+"""Generations of one store: who may write, how a new one becomes current, how old ones go.
+
+    manifest-000006.json   names bucket=0000/part-<digest>.parquet, vocab/item-<digest>.parquet, ...
+    manifest-000007.json   shares the files it did not touch
+    manifest.json          a copy of the current one, replaced by one rename: readers see one generation or the other
+
+Files are named by their digest and never change, so no generation can spoil another. The modification time of a
+manifest-N.json is the moment its generation was last current; the grace of a compaction counts from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.ingest import IngestConfig
+from elastic_rec.feature_store.manifest import (
+    MANIFEST,
+    filed_generations,
+    generation_path,
+    read_manifest,
+    replace_file,
+    sync_folder,
+    write_manifest,
+)
+from elastic_rec.feature_store.staging import lock_folder
+
+SCRATCH = ".append"
+
+
+@contextmanager
+def writing(out: str) -> Iterator[Path]:
+    """The store's folder, locked against other writers (flock: it ends with the process). Readers take no lock."""
+    if not out:
+        raise DataError("out is empty: say which store")
+    root = Path(os.path.abspath(out))
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; make the store first (mode=create)")
+    lock = lock_folder(root)
+    if lock is None or os.fstat(lock).st_ino != root.stat().st_ino:  # another inode: replaced by an ingest just now
+        raise DataError(
+            f"{root}: another append, compaction or rollback is at work there; run again when it has finished"
+        )
+    try:
+        shutil.rmtree(root / SCRATCH, ignore_errors=True)  # of a killed append: nobody else holds the lock
+        yield root
+    finally:
+        os.close(lock)
+
+
+def next_generation(root: Path) -> int:
+    return max(filed_generations(root), default=0) + 1
+
+
+def publish(root: Path, number: int, content: dict) -> dict:
+    """Files `content`, whose data files are in place, as generation `number` and makes it the current one."""
+    if not filed_generations(root):  # a store that was never appended to has manifest.json alone
+        replace_file(generation_path(root, 0), (root / MANIFEST).read_bytes())
+    manifest = write_manifest(generation_path(root, number), {**content, "generation": number})
+    _make_current(root, number)
+    return manifest
+
+
+def rollback(config: IngestConfig) -> dict:
+    """Makes config.generation the current one; later ones stay until a compaction. Returns figures."""
+    with writing(config.out) as root:
+        manifest = read_manifest(root, config.generation)
+        before = _current(root)
+        if before != manifest.get("generation", 0):
+            _make_current(root, config.generation)
+        counts = {"users": manifest["num_users"], "events": manifest["num_events"], "hash": manifest["hash"]}
+        return {"store": str(config.out), "generation": config.generation, "was": before, **counts}
+
+
+def compact(config: IngestConfig) -> dict:
+    """Deletes generations that were last current over config.grace_hours ago, then every file that no other names.
+
+    Within a generation there is nothing to merge: an append rewrites the buckets it touches. The current generation
+    and its hash stay as they are, so runs trained on it go on. Returns figures.
+    """
+    began = time.perf_counter()
+    with writing(config.out) as root:
+        current = read_manifest(root).get("generation", 0)
+        latest = time.time() - config.grace_hours * 3600
+        old = [
+            g for g in filed_generations(root) if g != current and generation_path(root, g).stat().st_mtime <= latest
+        ]
+        for number in old:  # manifests first: at no moment does one name a file that is gone
+            generation_path(root, number).unlink()
+        sync_folder(root)
+        named = _named_files(root)
+        deleted = [path for path in _data_files(root) if path.relative_to(root).as_posix() not in named]
+        freed = sum(path.stat().st_size for path in deleted)
+        for path in deleted:
+            path.unlink()
+        return {
+            "store": str(config.out),
+            "generation": current,
+            "kept_generations": filed_generations(root) or [current],
+            "dropped_generations": old,
+            "deleted_files": len(deleted),
+            "freed_bytes": freed,
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+
+
+def _make_current(root: Path, number: int) -> None:
+    before = _current(root)
+    if before is not None and generation_path(root, before).exists():
+        os.utime(generation_path(root, before))
+    replace_file(root / MANIFEST, generation_path(root, number).read_bytes())
+
+
+def _current(root: Path) -> int | None:
+    """What manifest.json says, None where it cannot be read: a rollback is the way out of that."""
+    try:
+        return json.loads((root / MANIFEST).read_bytes()).get("generation", 0)
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _named_files(root: Path) -> set[str]:
+    manifests = [read_manifest(root), *(read_manifest(root, number) for number in filed_generations(root))]
+    return {entry["path"] for m in manifests for entry in [*m["files"], *m["vocabularies"].values()]}
+
+
+def _data_files(root: Path) -> list[Path]:
+    return sorted([*root.glob("bucket=*/*.parquet"), *root.glob("vocab/*.parquet"), *root.glob("manifest*.json.tmp")])
