@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from elastic_rec.pipeline import schema
+from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig
 
 TARGET = Path("docs/reference/config.md")
 HEAD = """# Configuration reference
@@ -27,6 +28,7 @@ VERBS = {
     "evaluate": schema.EvaluateConfig,
     "score": schema.ScoreConfig,
     "demo": schema.DemoConfig,
+    "benchmark": BenchmarkConfig,
 }
 
 

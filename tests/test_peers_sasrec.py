@@ -1,4 +1,4 @@
-"""SASRec against its definition, one user and one event at a time in float64; no leak between users or from the future."""
+"""SASRec against its definition, one event at a time in float64; no leak between users or from the future."""
 
 import pytest
 import torch

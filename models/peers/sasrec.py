@@ -178,7 +178,7 @@ class Block(nn.Module):
 
 
 class Sasrec(nn.Module):
-    """forward(tokens_TD, offsets_B1, times_s_T, every=True) -> SasrecOutput. times_s_T is not used: SASRec knows order only.
+    """forward(tokens_TD, offsets_B1, times_s_T, every=True) -> SasrecOutput. times_s_T is not used: SASRec knows order.
 
     every=False leaves out the output's `tokens` and most of the last block: for who wants the users' summary only.
     Positions count from the end of each history, so an event's output depends on how many events follow, never on

@@ -1,4 +1,4 @@
-"""What a user chooses about a benchmark. A suite has its own section; targets have their values in configs/benchmark.yaml."""
+"""What a user chooses about a benchmark. Each suite has its own section; configs/benchmark.yaml holds the targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class EfficiencyTargets:
         default_factory=list, metadata={"help": "history lengths at which inference has to be faster than SASRec-SDPA"}
     )
     speedups: list[float] = field(default_factory=list, metadata={"help": "by how many times, one per length"})
-    no_slower_from: int = field(default=0, metadata={"help": "inference no slower than SASRec-SDPA from here on; 0: off"})
+    no_slower_from: int = field(
+        default=0, metadata={"help": "inference no slower than SASRec-SDPA from here on; 0: off"}
+    )
     slope_from: int = field(default=1, metadata={"help": "slopes are fitted to the lengths from here on"})
     slope_min: float = field(default=0.0, metadata={"help": "least log-log slope of inference time against length"})
     slope_max: float = field(default=0.0, metadata={"help": "greatest log-log slope; 0: slopes are not judged"})
@@ -38,14 +40,16 @@ class EfficiencyTargets:
 
 @dataclass
 class EfficiencyConfig:
-    events: list[int] = field(default_factory=list, metadata={"help": "history lengths N, ascending"})
+    events: list[int] = field(default_factory=lambda: [256], metadata={"help": "history lengths N, ascending"})
     contestants: list[str] = field(default_factory=lambda: list(CONTESTANTS), metadata={"help": "who takes part"})
     modes: list[str] = field(default_factory=lambda: list(MODES), metadata={"help": "inference, training"})
     repetitions: int = field(default=7, metadata={"help": "rounds over all contestants; a cell is a median of rounds"})
-    min_sample_s: float = field(default=0.02, metadata={"help": "short calls are repeated until a sample takes so long"})
+    min_sample_s: float = field(
+        default=0.02, metadata={"help": "short calls are repeated until a sample takes so long"}
+    )
+    rounds_s: float = field(default=10.0, metadata={"help": "seconds for all rounds of a cell, but at least one round"})
     max_cell_s: float = field(
-        default=20.0,
-        metadata={"help": "seconds for the rounds of a cell; a cell predicted to need more for one call is skipped"},
+        default=60.0, metadata={"help": "a cell predicted to take longer than so many seconds for one call is skipped"}
     )
     memory_limit_gib: float = field(
         default=8.0, metadata={"help": "what a call may allocate; beyond it the cell says 'out of memory'"}
@@ -69,14 +73,16 @@ class BenchmarkConfig:
     suite: Suite = field(default=Suite.efficiency, metadata={"help": "what to measure"})
     out: str = field(default="runs/benchmark", metadata={"help": "folder for table, figures and plot"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: CUDA where there is one"})
-    threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's default (OMP_NUM_THREADS, or all cores)"})
+    threads: int = field(
+        default=0, metadata={"help": "CPU threads; 0: torch's default (OMP_NUM_THREADS, or all cores)"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of weights and events"})
     check: bool = field(default=False, metadata={"help": "exit with 1, naming them, if targets are missed"})
-    model: TowerConfig = field(default_factory=TowerConfig, metadata={"help": "the tower, and what SASRec copies of it"})
-    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "the tower's interest memory"})
-    efficiency: EfficiencyConfig = field(
-        default_factory=lambda: EfficiencyConfig(events=[256]), metadata={"help": "suite=efficiency"}
+    model: TowerConfig = field(
+        default_factory=TowerConfig, metadata={"help": "the tower, and what SASRec copies of it"}
     )
+    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "the tower's interest memory"})
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig, metadata={"help": "suite=efficiency"})
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

@@ -1,7 +1,7 @@
 """Who is measured: each contestant turns N events of one user into that user's representation.
 
-Equal width, heads, layers and feed-forwards, float32, random weights, dropout as the model's config says, no item table:
-the events' vectors are given, and looking them up is a contestant of its own, the bare gather.
+Equal width, heads, layers, feed-forwards and dropout, float32, random weights. No item table: the events' vectors are
+given, and looking them up is a contestant of its own, the bare gather.
 
 inference: torch.inference_mode, eval mode.
 training:  forward, a loss on what the form is trained by (every event's output; the paper form: the summary), backward
@@ -26,12 +26,13 @@ from elastic_rec.models.peers.sasrec import Sasrec, SasrecConfig, naive, sdpa
 MODES = ("inference", "training")
 GATHER, SASREC = "gather", "sasrec"
 ELASTIC = ("elastic", "elastic_causal")
-# name -> how tables and plots call it
+# name -> how tables and plots call it. "Newest only": its last block computes the newest event's output alone, which is
+# how a careful engineer would serve SASRec; most code computes all of them.
 CONTESTANTS = {
     "elastic": "ELASTIC",
     "elastic_causal": "ELASTIC causal",
     SASREC: "SASRec-SDPA",
-    "sasrec_newest": "SASRec-SDPA, last block for the newest event only",
+    "sasrec_newest": "SASRec-SDPA, newest only",
     "naive": "naive N x N",
     GATHER: "gather",
 }
@@ -107,5 +108,3 @@ class Arena:
 
 def takes_part(name: str, mode: str) -> bool:
     return mode == "inference" or name not in INFERENCE_ONLY
-
-

@@ -17,7 +17,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -53,19 +54,18 @@ class Worker:
     """Parent's end. `ask` answers whatever happens to the child; a dead child is replaced."""
 
     def __init__(self, arena: Arena, *, threads: int, memory_limit_gib: float):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler writes two lines per start otherwise
         self._context = multiprocessing.get_context("spawn")
         self._arguments = (arena, threads, memory_limit_gib)
         self._start()
 
     def ask(self, task: Task, *, timeout_s: float) -> Reply:
-        self._pipe.send(task)
-        if not self._pipe.poll(timeout_s):
-            self._replace()
-            return Reply(f"stopped: no answer in {timeout_s:.0f} s")
         try:
+            self._pipe.send(task)
+            if not self._pipe.poll(timeout_s):
+                self._replace()
+                return Reply(f"stopped: no answer in {timeout_s:.0f} s")
             reply = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode
             self._replace()
@@ -130,22 +130,25 @@ def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float
 def _measure(arena: Arena, task: Task, calls: dict[tuple[str, str, int], Callable[[], None]]) -> Reply:
     if any(key[1:] != (task.mode, task.events) for key in calls):
         calls.clear()  # a new row of the table: the old models and events are done with
-    key, peak_bytes = (task.contestant, task.mode, task.events), 0
-    if key not in calls:
+    key = (task.contestant, task.mode, task.events)
+    new = key not in calls
+    if new:
         calls[key] = arena.contestant(*key)
-        peak_bytes, first_s = _watched_call(calls[key], arena.device)
-        if first_s > 1:  # warm by now, and once more costs too much
-            return Reply("ok", first_s, peak_bytes) if task.calls == 0 else _timed(arena, calls[key], task.calls)
-    return _timed(arena, calls[key], max(1, task.calls), peak_bytes)
+    if task.calls and not new:
+        return Reply("ok", _seconds(calls[key], task.calls, arena.device))
+    peak_bytes, seconds = _watched_call(calls[key], arena.device)  # also warms up, after a worker was replaced, too
+    if task.calls or seconds < 1:  # the watched call was cold; a long one hardly cares
+        seconds = _seconds(calls[key], max(1, task.calls), arena.device)
+    return Reply("ok", seconds, peak_bytes)
 
 
-def _timed(arena: Arena, call: Callable[[], None], times: int, peak_bytes: int = 0) -> Reply:
-    _wait(arena.device)
+def _seconds(call: Callable[[], None], times: int, device: str) -> float:
+    _wait(device)
     start = time.perf_counter()
     for _ in range(times):
         call()
-    _wait(arena.device)
-    return Reply("ok", (time.perf_counter() - start) / times, peak_bytes)
+    _wait(device)
+    return (time.perf_counter() - start) / times
 
 
 def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
@@ -158,8 +161,14 @@ def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        seen.start()
+    try:
         call()
+    finally:  # also when memory runs out: a profiler left on would slow every later call
+        with _quiet_stderr():
+            seen.stop()
     seconds = time.perf_counter() - start
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -167,6 +176,20 @@ def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
         held += event.nbytes()
         peak = max(peak, held)
     return peak, seconds
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ side writes a line at each start and stop, past sys.stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _limit_memory(device: str, gib: float) -> None:

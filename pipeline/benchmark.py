@@ -1,0 +1,46 @@
+"""Speed and memory against peers, with targets.
+
+python pipeline/benchmark.py suite=efficiency device=cpu
+python pipeline/benchmark.py suite=efficiency check=true "efficiency.events=[1024,4096,16384]"
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from elastic_rec.pipeline.benchmarks import efficiency
+from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig, Suite
+from elastic_rec.pipeline.errors import ConfigError
+from elastic_rec.pipeline.launch import verb
+
+# A suite is a function (config, device, out, say) -> (figures of the last line, one text per missed target).
+SUITES = {Suite.efficiency: efficiency.run}
+
+
+@verb("benchmark", BenchmarkConfig)
+def main(config: BenchmarkConfig) -> dict:
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    figures, missed = SUITES[config.suite](config, device=_device(config.device), out=out, say=_say)
+    if config.check and missed:
+        print(json.dumps(figures))
+        print("missed: " + "; ".join(missed), flush=True)
+        os._exit(1)  # a verb's SystemExit is taken for a wrong config, and advice on keys would be the last word
+    return figures
+
+
+def _device(asked: str) -> str:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch sees no CUDA device here; use device=cpu or auto")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
