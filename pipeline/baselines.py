@@ -5,6 +5,8 @@ Both count training events only, rank the same candidates as the model, and brea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from elastic_rec.feature_store.splits import split_bounds
@@ -12,14 +14,14 @@ from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline.task import NextItemTask
 
 
-class Baseline:
+class Baseline(ABC):
     """Scores a chunk of users against all items, and ranks targets by it."""
 
     name: str
 
+    @abstractmethod
     def scores(self, last_R: torch.Tensor) -> torch.Tensor:
         """(R, V) float64 scores given each user's newest item."""
-        raise NotImplementedError
 
     def rank_targets(
         self, last_R: torch.Tensor, target_R: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor]

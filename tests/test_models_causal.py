@@ -341,7 +341,7 @@ def test_it_learns_what_happened_long_ago():
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [({"chunk": 0}, "tower.chunk = 0: set it to 1 or more"), ({"attention": "both"}, "both")]
+    ("bad", "message"), [({"chunk": 0}, "model.chunk = 0: set it to 1 or more"), ({"attention": "both"}, "both")]
 )
 def test_configs_say_what_to_set(bad, message):
     with pytest.raises(ValueError, match=message):

@@ -71,10 +71,10 @@ def test_last_layer_leaves_tokens_alone_and_builds_no_half_for_them():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TowerConfig(width=64, heads=3), r"tower.width = 64 .* tower.heads = 3: set width = 63"),
+        (lambda: TowerConfig(width=64, heads=3), r"model.width = 64 .* model.heads = 3: set width = 63"),
         (lambda: TowerConfig(width=6, heads=2), r"multiple of 4.*set width = 8"),
-        (lambda: TowerConfig(layers=0), r"tower.layers = 0: set it to 1 or more"),
-        (lambda: TowerConfig(dropout=1.0), r"tower.dropout = 1.0: set it in \[0, 1\)"),
+        (lambda: TowerConfig(layers=0), r"model.layers = 0: set it to 1 or more"),
+        (lambda: TowerConfig(dropout=1.0), r"model.dropout = 1.0: set it in \[0, 1\)"),
         (lambda: MemoryConfig(num_keys=4, top_r=5), r"set top_r <= 4"),
         (lambda: MemoryConfig(heads=0), r"memory.heads = 0"),
     ],

@@ -41,19 +41,19 @@ class TowerConfig:
         self.attention = Attention(self.attention)
         for name in ("width", "heads", "layers", "experts", "ffn_multiple", "chunk"):
             if getattr(self, name) < 1:
-                raise ValueError(f"tower.{name} = {getattr(self, name)}: set it to 1 or more")
+                raise ValueError(f"model.{name} = {getattr(self, name)}: set it to 1 or more")
         if self.width % self.heads:
             nearest = max(self.heads, round(self.width / self.heads) * self.heads)
             raise ValueError(
-                f"tower.width = {self.width} is no multiple of tower.heads = {self.heads}: set width = {nearest}"
+                f"model.width = {self.width} is no multiple of model.heads = {self.heads}: set width = {nearest}"
             )
         if self.width % 4:
             raise ValueError(
-                f"tower.width = {self.width} is no multiple of 4, which embedding tables need: "
+                f"model.width = {self.width} is no multiple of 4, which embedding tables need: "
                 f"set width = {(self.width + 3) // 4 * 4}"
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"tower.dropout = {self.dropout}: set it in [0, 1)")
+            raise ValueError(f"model.dropout = {self.dropout}: set it in [0, 1)")
 
 
 @dataclass
