@@ -28,7 +28,7 @@ def main(config: BenchmarkConfig) -> dict:
     if config.check and missed:
         print(json.dumps(figures))
         print("missed: " + "; ".join(missed), flush=True)
-        os._exit(1)  # a verb's SystemExit is taken for a wrong config, and advice on keys would be the last word
+        os._exit(1)  # at once: nothing may be printed behind this line
     return figures
 
 

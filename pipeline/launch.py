@@ -61,7 +61,11 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
     def decorate(main: Callable[..., dict[str, Any]]) -> Callable[[], None]:
+        composed = False
+
         def task(raw: DictConfig) -> None:
+            nonlocal composed
+            composed = True
             try:
                 config = _typed(raw)
                 if not distributed:
@@ -84,7 +88,8 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
             try:
                 command()
             except SystemExit as stop:
-                if stop.code:  # Hydra has printed what is wrong, but its advice (+key=value) does not help here
+                # Hydra has printed what is wrong with the config, but its advice (+key=value) does not help here.
+                if stop.code and not composed:
                     print("all keys, types and defaults: docs/reference/config.md, or --help", file=sys.stderr)
                 raise
 
