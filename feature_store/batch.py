@@ -55,6 +55,8 @@ class PrefixBatch(Pipelineable):
     normaliser: () float32, what the weighted sum of losses is divided by; the mean over ranks of
         (local sum / normaliser) is the loss of the global batch, whatever the number of ranks.
     rows: (R,) int64, the user's row number in the store, -1 for padding.
+    query_gap_s: int64, like targets: seconds from the newest event before a target to the target; -1 where there is
+        none, as when a batch is scored for no particular time.
     """
 
     features: KeyedJaggedTensor
@@ -66,6 +68,7 @@ class PrefixBatch(Pipelineable):
     log_q: torch.Tensor
     normaliser: torch.Tensor
     rows: torch.Tensor
+    query_gap_s: torch.Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PrefixBatch:
         return PrefixBatch(*(getattr(self, f.name).to(device=device, non_blocking=non_blocking) for f in fields(self)))

@@ -74,6 +74,8 @@ def make_prefix_batch(
     has_target = prefixes.targets >= 0
     targets = np.full(len(has_target), PAD, np.int64)
     targets[has_target] = items[prefixes.targets[has_target]]
+    query_gap_s = np.full(len(has_target), -1, np.int64)
+    query_gap_s[has_target] = gaps_s(histories)[prefixes.targets[has_target]]
     rows = histories.rows[prefixes.users]
     # An unknown item is nobody's next item: there is no row of the catalogue to rank.
     weights = (rows >= 0) if stage == "score" else (targets > UNKNOWN)
@@ -95,17 +97,21 @@ def make_prefix_batch(
         log_q=torch.from_numpy(np.asarray(log_q, np.float32)),
         normaliser=torch.tensor(num_losses / (1 if every_position else world_size), dtype=torch.float32),
         rows=torch.from_numpy(rows),
+        query_gap_s=torch.from_numpy(query_gap_s),
     )
 
 
 def gap_buckets(histories: Histories) -> np.ndarray:
     """(T,) int64: 0 for a user's first event, else 1 + floor(log2(1 + seconds since the one before)), at most 39."""
-    gaps_s = np.diff(histories.times_s, prepend=0)
     # frexp's exponent is floor(log2(x)) + 1 exactly; log2 itself may round across a power of two.
-    buckets = np.minimum(np.frexp(gaps_s + 1.0)[1], NUM_GAP_BUCKETS - 1).astype(np.int64)
-    firsts = histories.offsets[:-1][np.diff(histories.offsets) > 0]
-    buckets[firsts] = 0
-    return buckets
+    return np.minimum(np.frexp(gaps_s(histories) + 1.0)[1], NUM_GAP_BUCKETS - 1).astype(np.int64)
+
+
+def gaps_s(histories: Histories) -> np.ndarray:
+    """(T,) int64 seconds since the user's event before, -1 for a user's first event."""
+    gaps = np.diff(histories.times_s, prepend=0)
+    gaps[histories.offsets[:-1][np.diff(histories.offsets) > 0]] = -1
+    return gaps
 
 
 def _choose(

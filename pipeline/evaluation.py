@@ -69,7 +69,7 @@ def open_catalogue(model: nn.Module, world: World) -> ShardedCatalogue:
 
 def memory_usage(model: nn.Module) -> dict[str, float]:
     """Use of the memory's slots over all ranks since the last call: share hit, effective number. Collective."""
-    memory = model.tower.memory
+    memory = getattr(model.tower, "memory", None)  # peers have none
     if memory is None:
         return {}
     counts_M = memory.select.counts

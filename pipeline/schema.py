@@ -83,7 +83,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.data.cuts == 0 and self.model.attention is not Attention.causal:
+        if self.model.attention is Attention.full and self.memory.enabled:
+            raise ValueError("model.attention=full (SASRec) has no interest memory: set memory=off")
+        if self.data.cuts == 0 and self.model.attention is Attention.bidirectional:
             raise ValueError(
                 f"data.cuts=0 (a target behind every event) with model.attention={self.model.attention.value} "
                 "would train on the answer: set model.attention=causal, or data.cuts=4"

@@ -12,6 +12,7 @@ from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
+from elastic_rec.models.elastic.config import Time
 from elastic_rec.models.heads.retrieval import EventTable, RetrievalModel
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import World
@@ -35,7 +36,8 @@ class NextItemTask:
         """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib)."""
         torch.manual_seed(self.config.run.seed)
         tables = [EventTable(name, self.store.vocabulary(name).size) for name in self.columns]
-        tables.append(EventTable("gap", NUM_GAP_BUCKETS))
+        if self.config.model.time is not Time.none:
+            tables.append(EventTable("gap", NUM_GAP_BUCKETS))
         rows = sum(table.num_rows for table in tables) + self.config.memory.enabled * self.config.memory.num_keys**2
         return RetrievalModel(
             tables=tables,
@@ -43,6 +45,7 @@ class NextItemTask:
             memory=self.config.memory,
             softmax=self.config.loss.softmax,
             every_position=self.config.data.cuts == 0,
+            max_history=self.config.data.max_history,
             device=init_device(rows, self.config.model.width, self.config.parallel),
         )
 

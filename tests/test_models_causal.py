@@ -258,6 +258,7 @@ def every_batch(seed=0):
     g = torch.Generator().manual_seed(seed)
     batch.targets, batch.weights = torch.randint(2, 102, (P,), generator=g), torch.ones(P)
     batch.weights[::3] = 0
+    batch.query_gap_s = torch.randint(-1, 10**6, (P,), generator=g)
     batch.normaliser = batch.weights.sum()
     return batch
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,7 @@ def make_batch(seed=0, lengths=LENGTHS, negatives=0):
         log_q=torch.zeros(candidates.numel()),
         normaliser=torch.tensor(float(R)),
         rows=torch.arange(R),
+        query_gap_s=torch.randint(-1, 10**6, (R,), generator=g),
     )
 
 
@@ -132,10 +134,12 @@ def softmax_inputs(R=6, V=30, D=8):
 def test_sampled_softmax_over_all_items_is_the_full_softmax():
     query_RD, items_VD, targets_R = (t.requires_grad_(t.is_floating_point()) for t in softmax_inputs())
     ids_C = torch.cat([torch.arange(2, 30), targets_R])
-    full = FullSoftmax()(query_RD, items_VD[2:], torch.arange(2, 30), targets_R, torch.zeros(28))
-    sampled = SampledSoftmax()(query_RD, items_VD[ids_C], ids_C, targets_R, torch.zeros(34))
+    weights_R = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0])
+    full = FullSoftmax()(query_RD, items_VD[2:], torch.arange(2, 30), targets_R, torch.zeros(28), weights_R)
+    sampled = SampledSoftmax()(query_RD, items_VD[ids_C], ids_C, targets_R, torch.zeros(34), weights_R)
     torch.testing.assert_close(sampled, full)
-    for got, want in zip(*(torch.autograd.grad(x.sum(), (query_RD, items_VD)) for x in (sampled, full)), strict=True):
+    torch.testing.assert_close(full[0], (weights_R * full[1]).sum())
+    for got, want in zip(*(torch.autograd.grad(x[0], (query_RD, items_VD)) for x in (sampled, full)), strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -143,7 +147,8 @@ def test_log_q_makes_an_uneven_sampler_unbiased():
     """Expected exp(loss) is the full softmax's partition sum over the target's share, whatever the sampler favours."""
     query_RD, items_VD, targets_R = softmax_inputs()
     query_RD = query_RD * 0.3
-    full_R = FullSoftmax()(query_RD, items_VD[2:], torch.arange(2, 30), targets_R, torch.zeros(28)).exp()
+    ones_R = torch.ones(6)
+    full_R = FullSoftmax()(query_RD, items_VD[2:], torch.arange(2, 30), targets_R, torch.zeros(28), ones_R)[1].exp()
     g, S, draws = torch.Generator().manual_seed(1), 64, 400
     p_V = torch.arange(28, 0, -1).float() / torch.arange(29).sum()
     corrected, plain = [], []
@@ -151,10 +156,9 @@ def test_log_q_makes_an_uneven_sampler_unbiased():
         drawn_S = torch.multinomial(p_V, S, replacement=True, generator=g)
         ids_C = torch.cat([drawn_S + 2, targets_R])
         log_q_C = torch.cat([(S * p_V[drawn_S]).log(), torch.zeros(6)])
-        corrected.append(SampledSoftmax()(query_RD, items_VD[ids_C], ids_C, targets_R, log_q_C).exp())
-        plain.append(
-            SampledSoftmax()(query_RD, items_VD[ids_C], ids_C, targets_R, 0 * log_q_C + math.log(S / 28)).exp()
-        )
+        for losses, log_q in ((corrected, log_q_C), (plain, 0 * log_q_C + math.log(S / 28))):
+            loss_R = SampledSoftmax()(query_RD, items_VD[ids_C], ids_C, targets_R, log_q, ones_R)[1]
+            losses.append(loss_R.exp())
     corrected, plain = torch.stack(corrected), torch.stack(plain)
     error_R = corrected.std(0) / draws**0.5
     assert ((corrected.mean(0) - full_R).abs() < 4 * error_R).all()
@@ -165,7 +169,7 @@ def test_accidental_hits_count_nothing():
     query_RD, items_VD, targets_R = softmax_inputs()
     negatives_S = torch.tensor([3, 7, 11])
     targets_R[:] = 5
-    loss = SampledSoftmax()
+    loss = partial(SampledSoftmax(), weights_R=torch.ones(6))
     ids_C = torch.cat([negatives_S, targets_R])
     want = loss(query_RD, items_VD[ids_C], ids_C, targets_R, torch.zeros(9))
     with_hit_C = torch.cat([torch.tensor([5, 5]), ids_C])
@@ -173,7 +177,7 @@ def test_accidental_hits_count_nothing():
     torch.testing.assert_close(got, want)
     only_hits_C = torch.cat([torch.tensor([5]), targets_R])  # no negative is left: certainty, not NaN
     only = loss(query_RD, items_VD[only_hits_C], only_hits_C, targets_R, torch.zeros(7))
-    torch.testing.assert_close(only, torch.zeros(6))
+    torch.testing.assert_close(only[1], torch.zeros(6))
 
 
 def test_errors_say_what_to_do():

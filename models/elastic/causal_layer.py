@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from elastic_rec.models.elastic.config import TowerConfig
+from elastic_rec.models.elastic.config import Reads, Time, TowerConfig
 from elastic_rec.models.elastic.layer import FeedForward
 from elastic_rec.models.elastic.timeline import Timeline
 from elastic_rec.models.ops.causal_lda import Partial, causal_aggregate, causal_dispatch
@@ -54,7 +54,7 @@ class CausalAggregate(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.ask_HKd = nn.Parameter(torch.randn(config.heads, config.experts, head_width))
-        if config.half_life:
+        if config.half_life and config.time is not Time.none:
             half_life_s_K = torch.logspace(math.log10(SHORTEST_S), math.log10(LONGEST_S), config.experts)
             self.log_half_life_K = nn.Parameter(half_life_s_K.log())
         else:
@@ -87,7 +87,7 @@ class CausalLayer(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
         width, multiple = config.width, config.ffn_multiple
-        self.heads = config.heads
+        self.heads, self.reads = config.heads, config.reads
         self.mix = nn.Linear(width, width, bias=False)
         self.expert_ffn = FeedForward(width, multiple, config.dropout)
         self.norm_experts = nn.LayerNorm(width)
@@ -105,8 +105,11 @@ class CausalLayer(nn.Module):
         experts_RKD = experts_RKD + self.expert_ffn(experts_RKD)
         key_value = self.expert_key_value(self.norm_experts(experts_RKD)).view(R, K, 2, self.heads, D // self.heads)
         key_RHKd, value_RHKd = key_value.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.reads is Reads.events:
+            key_RHKd, value_RHKd = key_RHKd[:, :, :0], value_RHKd[:, :, :0]
+        bias_HW = torch.full_like(self.bias_HW, -torch.inf) if self.reads is Reads.experts else self.bias_HW
         mix_EHd = causal_dispatch(
-            read.query_EHd, key_RHKd, value_RHKd, read.key_EHd, read.value_EHd, self.bias_HW, timeline.chunks
+            read.query_EHd, key_RHKd, value_RHKd, read.key_EHd, read.value_EHd, bias_HW, timeline.chunks
         )
         tokens_TD = tokens_TD + self.dropout(self.out(timeline.new(mix_EHd).flatten(1)))
         return tokens_TD + self.token_ffn(tokens_TD), experts_RKD

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth
-from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.memory import CausalSeeds, InterestMemory
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.state import Fingerprint, UserState, check_state
@@ -48,11 +48,15 @@ class Gap(nn.Module):
     Counted backwards only: unlike `Recency`, which counts from the prefix's end, it is the same whatever comes later.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, config: TowerConfig):
         super().__init__()
-        self.gap = nn.Parameter(torch.randn(NUM_AGE_BUCKETS + 1, width) * 0.5)
+        self.gap = None
+        if config.time is not Time.none:
+            self.gap = nn.Parameter(torch.randn(NUM_AGE_BUCKETS + 1, config.width) * 0.5)
 
     def forward(self, tokens_TD: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+        if self.gap is None:
+            return tokens_TD
         bucket_T = age_bucket(timeline.gap_s_T).masked_fill(timeline.gap_s_T < 0, NUM_AGE_BUCKETS)
         return tokens_TD + F.embedding(bucket_T, self.gap)
 
@@ -98,7 +102,7 @@ class CausalTower(nn.Module):
         super().__init__()
         self.config, self.memory_config = config, memory
         self.timeline = TimelineMaker(config.chunk)
-        self.gap = Gap(config.width)
+        self.gap = Gap(config)
         self.first = CausalAggregate(config, 0)
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else CausalSeeds(config)
@@ -126,7 +130,7 @@ class CausalTower(nn.Module):
     def init_state(self, num_users: int, *, dtype: torch.dtype = torch.float32) -> UserState:
         """States of users without events. dtype: of the keys and values kept, by far the largest part."""
         return UserState.empty(
-            num_users, self.config, fingerprint=self.fingerprint(), dtype=dtype, device=self.gap.gap.device
+            num_users, self.config, fingerprint=self.fingerprint(), dtype=dtype, device=self.summary.mix.weight.device
         )
 
     def step(

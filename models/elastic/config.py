@@ -9,6 +9,19 @@ from enum import StrEnum
 class Attention(StrEnum):
     bidirectional = "bidirectional"
     causal = "causal"
+    full = "full"
+
+
+class Time(StrEnum):
+    none = "none"
+    past = "past"
+    query = "query"
+
+
+class Reads(StrEnum):
+    both = "both"
+    experts = "experts"
+    events = "events"
 
 
 @dataclass
@@ -26,7 +39,15 @@ class TowerConfig:
         default=Attention.bidirectional,
         metadata={
             "help": "bidirectional: the paper's form, one target behind each prefix. causal: no event sees a later "
-            "one, so every position has an output and a user's state can be continued."
+            "one, so every position has an output and a user's state can be continued. full: SASRec, softmax attention "
+            "over all earlier events: the peer to compare with, at quadratic cost and without a memory."
+        },
+    )
+    time: Time = field(
+        default=Time.past,
+        metadata={
+            "help": "none: only the order of events counts. past: also the times between them. query: also the time "
+            "for which the next item is asked, as seconds since the newest event."
         },
     )
     chunk: int = field(
@@ -34,11 +55,19 @@ class TowerConfig:
         metadata={"help": "causal: events per chunk; an event sees its own and the previous chunk directly."},
     )
     half_life: bool = field(
-        default=True, metadata={"help": "causal: each expert learns in which time old events lose half their weight."}
+        default=True,
+        metadata={"help": "causal, time not none: each expert learns in which time old events lose half their weight."},
+    )
+    reads: Reads = field(
+        default=Reads.both,
+        metadata={
+            "help": "causal: what an event attends to: both its experts and the events near it, or one of them alone, "
+            "to see what each is worth."
+        },
     )
 
     def __post_init__(self) -> None:
-        self.attention = Attention(self.attention)
+        self.attention, self.time, self.reads = Attention(self.attention), Time(self.time), Reads(self.reads)
         for name in ("width", "heads", "layers", "experts", "ffn_multiple", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)}: set it to 1 or more")

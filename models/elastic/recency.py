@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from elastic_rec.models.elastic.config import Time, TowerConfig
 from elastic_rec.models.jagged import TileLayout
 
 NUM_EXACT = 16  # the newest events get a bucket each; behind them two buckets per doubling
@@ -30,16 +31,19 @@ def age_bucket(age_s_T: torch.Tensor) -> torch.Tensor:
 
 
 class Recency(nn.Module):
-    """forward(tokens_TD, times_s_T, layout) -> tokens_TD plus both embeddings."""
+    """forward(tokens_TD, times_s_T, layout) -> tokens_TD plus both embeddings; without time, that of positions only."""
 
-    def __init__(self, width: int):
+    def __init__(self, config: TowerConfig):
         super().__init__()
-        self.position = nn.Parameter(torch.randn(NUM_POSITION_BUCKETS, width) * 0.5)
-        self.age = nn.Parameter(torch.randn(NUM_AGE_BUCKETS, width) * 0.5)
+        self.position = nn.Parameter(torch.randn(NUM_POSITION_BUCKETS, config.width) * 0.5)
+        self.age = None
+        if config.time is not Time.none:
+            self.age = nn.Parameter(torch.randn(NUM_AGE_BUCKETS, config.width) * 0.5)
 
     def forward(self, tokens_TD: torch.Tensor, times_s_T: torch.Tensor, layout: TileLayout) -> torch.Tensor:
         last_T = (layout.offsets_B1[1:] - 1)[layout.user_T]
         position_T = last_T - torch.arange(last_T.numel(), device=last_T.device)
-        age_s_T = times_s_T[last_T] - times_s_T
         tokens_TD = tokens_TD + F.embedding(position_bucket(position_T), self.position)
-        return tokens_TD + F.embedding(age_bucket(age_s_T), self.age)
+        if self.age is None:
+            return tokens_TD
+        return tokens_TD + F.embedding(age_bucket(times_s_T[last_T] - times_s_T), self.age)

@@ -18,6 +18,7 @@ from elastic_rec.models.elastic.layer import LDAStack
 from elastic_rec.models.elastic.memory import InterestMemory, Seeds
 from elastic_rec.models.elastic.recency import Recency
 from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.peers.sasrec import Sasrec, SasrecConfig
 
 
 class TowerOutput(NamedTuple):
@@ -62,7 +63,7 @@ class ElasticTower(nn.Module):
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
         self.tiler = Tiler()
-        self.recency = Recency(config.width)
+        self.recency = Recency(config)
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else Seeds(config)
         self.stack = LDAStack(config)
@@ -80,8 +81,15 @@ class ElasticTower(nn.Module):
 
 
 def build_tower(
-    config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None
-) -> ElasticTower | CausalTower:
-    """The tower that `config.attention` names; one interface, but `tokens` and `step` are the causal one's."""
+    config: TowerConfig, memory: MemoryConfig, *, max_history: int = 200, device: torch.device | str | None = None
+) -> ElasticTower | CausalTower | Sasrec:
+    """The tower that `config.attention` names; one interface, but `step` is the causal one's.
+
+    max_history: the longest history it will see, which only SASRec's learned positions depend on."""
+    if config.attention is Attention.full:
+        if memory.enabled:
+            raise ValueError("model.attention=full (SASRec) has no interest memory: set memory.enabled=false")
+        shared = {name: getattr(config, name) for name in ("width", "heads", "layers", "ffn_multiple", "dropout")}
+        return Sasrec(SasrecConfig(**shared, max_history=max_history))
     kind = CausalTower if config.attention is Attention.causal else ElasticTower
     return kind(config, memory, device=device)

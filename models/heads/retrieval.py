@@ -6,7 +6,7 @@ laid end to end, D width, C candidates.
     features -> embeddings (sharded) -> events (T, D) -> prefixes (P, D) -> tower -> query (R, D) -> softmax -> loss
 
 The batch (feature_store's PrefixBatch) is taken by its fields: features, times_s, starts, ends, targets, weights,
-log_q, normaliser. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only calls sub-modules, and
+log_q, normaliser, query_gap_s. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only calls sub-modules, and
 the tensor code stands in the small modules above it. A sharded lookup is waited for where it is first indexed.
 """
 
@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
-from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.config import Attention, MemoryConfig, Time, TowerConfig
+from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.tower import TowerOutput, build_tower
 from elastic_rec.models.heads.softmax import SOFTMAX, SoftmaxKind
 
@@ -73,21 +75,48 @@ class PrefixGather(nn.Module):
         return Prefixes(events_TD.index_select(0, index_P), offsets_R1, times_s_T.index_select(0, index_P))
 
 
+class QueryTime(nn.Module):
+    """What a user wants depends on when he is asked: forward(asked_RD, gap_s_R) -> asked_RD, updated (ours).
+
+        h = norm(asked) W1;   asked + gelu(h · (1 + scale[gap]) + shift[gap]) W2      gap in powers of two, -1: unknown
+
+    Behind the tower, so that a user's state holds no query's time and one state serves queries at any time.
+    """
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        hidden = 2 * config.width
+        self.norm = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, hidden)
+        self.by_gap = nn.Parameter(torch.zeros(NUM_AGE_BUCKETS + 1, 2 * hidden))
+        self.down = nn.Linear(hidden, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, asked_RD: torch.Tensor, gap_s_R: torch.Tensor) -> torch.Tensor:
+        bucket_R = age_bucket(gap_s_R).masked_fill(gap_s_R < 0, NUM_AGE_BUCKETS)
+        scale_R2D, shift_R2D = F.embedding(bucket_R, self.by_gap).chunk(2, dim=-1)
+        hidden_R2D = F.gelu(self.up(self.norm(asked_RD)) * (1 + scale_R2D) + shift_R2D)
+        return asked_RD + self.dropout(self.down(hidden_R2D))
+
+
 class QueryHead(nn.Module):
     """Summary -> the vector whose dot product with an item's embedding is the item's score.
 
     every_position: in training, the output of every event instead, (P, D); a prefix's last one is its summary.
     """
 
-    def __init__(self, width: int, every_position: bool):
+    def __init__(self, config: TowerConfig, every_position: bool):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, width)
+        self.time = QueryTime(config) if config.time is Time.query else None
+        self.norm = nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, config.width)
         self.every_position = every_position
 
-    def forward(self, output: TowerOutput) -> torch.Tensor:
-        asked = output.tokens if self.every_position and self.training else output.summary
-        return self.project(self.norm(asked))
+    def forward(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
+        asked_RD = output.tokens if self.every_position and self.training else output.summary
+        if self.time is not None:
+            asked_RD = self.time(asked_RD, query_gap_s_R)
+        return self.project(self.norm(asked_RD))
 
 
 class RetrievalLoss(nn.Module):
@@ -102,9 +131,10 @@ class RetrievalLoss(nn.Module):
 
     def forward(self, query_RD: torch.Tensor, embedded: dict[str, JaggedTensor], batch) -> tuple[torch.Tensor, ...]:
         ids_C = batch.features["candidate"].values()
-        loss_R = self.softmax(query_RD, embedded["candidate"].values(), ids_C, batch.targets, batch.log_q)
-        loss = (batch.weights * loss_R).sum() / batch.normaliser
-        return loss, loss_R.detach(), loss.detach()
+        candidates_CD = embedded["candidate"].values()
+        total, loss_R = self.softmax(query_RD, candidates_CD, ids_C, batch.targets, batch.log_q, batch.weights)
+        loss = total / batch.normaliser
+        return loss, loss_R, loss.detach()
 
 
 class RetrievalModel(nn.Module):
@@ -113,7 +143,9 @@ class RetrievalModel(nn.Module):
     score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
-    every_position: train on a target behind every event: targets and weights are (P,), and so is loss_R. Causal only.
+    every_position: train on a target behind every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
+    causal towers only.
+    max_history: events of the longest prefix, needed by SASRec's positions alone.
     device: where tables are made ("meta": when sharded); dense parameters are always made on the CPU.
     """
 
@@ -125,13 +157,14 @@ class RetrievalModel(nn.Module):
         memory: MemoryConfig,
         softmax: SoftmaxKind | str = SoftmaxKind.full,
         every_position: bool = False,
+        max_history: int = 200,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         names = [table.name for table in tables]
         if not names or names[0] != "item" or len(set(names)) < len(names) or "candidate" in names:
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
-        if every_position and tower.attention is not Attention.causal:
+        if every_position and tower.attention is Attention.bidirectional:
             raise ValueError(
                 "a target behind every event (data.cuts=0) with model.attention=bidirectional trains on the answer: "
                 "set model.attention=causal, or data.cuts=4"
@@ -154,18 +187,18 @@ class RetrievalModel(nn.Module):
         )
         self.events = EventEncoder(names, tower.width, tower.dropout)
         self.prefixes = PrefixGather()
-        self.tower = build_tower(tower, memory, device=device)
-        self.head = QueryHead(tower.width, every_position)
+        self.tower = build_tower(tower, memory, max_history=max_history, device=device)
+        self.head = QueryHead(tower, every_position)
         self.loss = RetrievalLoss(SoftmaxKind(softmax))
 
     def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         embedded = self.embeddings(batch.features)
-        query_RD = self.head(self._encode(embedded, batch))
+        query_RD = self.head(self._encode(embedded, batch), batch.query_gap_s)
         loss = self.loss(query_RD, embedded, batch)
         return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
-        return self.head(self.encode(batch))
+        return self.head(self.encode(batch), batch.query_gap_s)
 
     def encode(self, batch) -> TowerOutput:
         return self._encode(self.embeddings(batch.features), batch)

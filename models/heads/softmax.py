@@ -1,7 +1,8 @@
 """Softmax losses over items: the whole catalogue, or a sample with logQ correction.
 
 Legend: R rows (prefixes), D width, C candidates, S shared negatives.
-A row of weight 0 (padding, no target) may have any target; its cross entropy stays finite and counts nothing.
+Both give (sum of weight · cross entropy, cross entropy per row without graph). A row of weight 0 (padding, no target)
+may have any target; its cross entropy stays finite and counts nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from enum import StrEnum
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from elastic_rec.models.ops.linear_cross_entropy import linear_cross_entropy
 
 FIRST_ITEM = 2  # ids 0 and 1 are padding and "unknown"; never candidates
 
@@ -21,11 +23,10 @@ class SoftmaxKind(StrEnum):
 
 
 class FullSoftmax(nn.Module):
-    """Cross entropy over all items. Candidates: ids FIRST_ITEM..V-1 in ascending order. Memory R x V."""
+    """Cross entropy over all items. Candidates: ids FIRST_ITEM..V-1 in ascending order."""
 
-    def forward(self, query_RD, candidate_CD, candidate_ids_C, targets_R, log_q_C) -> torch.Tensor:
-        logits_RC = query_RD @ candidate_CD.T
-        return F.cross_entropy(logits_RC, (targets_R - FIRST_ITEM).clamp_min(0), reduction="none")
+    def forward(self, query_RD, candidate_CD, candidate_ids_C, targets_R, log_q_C, weights_R):
+        return linear_cross_entropy(query_RD, candidate_CD, (targets_R - FIRST_ITEM).clamp_min(0), weights_R)
 
 
 class SampledSoftmax(nn.Module):
@@ -38,7 +39,7 @@ class SampledSoftmax(nn.Module):
     lowering it too, as is common, doesn't tend to the full softmax as S grows.
     """
 
-    def forward(self, query_RD, candidate_CD, candidate_ids_C, targets_R, log_q_C) -> torch.Tensor:
+    def forward(self, query_RD, candidate_CD, candidate_ids_C, targets_R, log_q_C, weights_R):
         num_negatives = candidate_ids_C.numel() - query_RD.shape[0]
         if num_negatives < 1:
             raise ValueError(
@@ -50,7 +51,8 @@ class SampledSoftmax(nn.Module):
         hits_RS = candidate_ids_C[:num_negatives] == targets_R[:, None]
         target_R = (query_RD * target_RD).sum(-1)
         logits = torch.cat([target_R[:, None], negative_RS.masked_fill(hits_RS, -torch.inf)], dim=1)
-        return logits.logsumexp(-1) - target_R
+        loss_R = logits.logsumexp(-1) - target_R
+        return (weights_R * loss_R).sum(), loss_R.detach()
 
 
 SOFTMAX = {SoftmaxKind.full: FullSoftmax, SoftmaxKind.sampled: SampledSoftmax}
