@@ -6,8 +6,9 @@ laid end to end, D width, C candidates.
     features -> embeddings (sharded) -> events (T, D) -> prefixes (P, D) -> tower -> query (R, D) -> softmax -> loss
 
 The batch (feature_store's PrefixBatch) is taken by its fields: features, times_s, starts, ends, targets, weights,
-log_q, normaliser, query_gap_s. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only calls sub-modules, and
-the tensor code stands in the small modules above it. A sharded lookup is waited for where it is first indexed.
+log_q, normaliser, query_gap_s. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only calls
+sub-modules, and the tensor code stands in the small modules above it. A sharded lookup is waited for where it is first
+indexed.
 """
 
 from __future__ import annotations
