@@ -24,6 +24,7 @@ def main(config: EvaluateConfig, world: World) -> dict:
         length_edges=config.length_edges,
         batch_size=config.batch_size,
         baselines=fit_baselines(task, batch_size=config.batch_size),
+        min_item_count=config.min_item_count,
     )
     figures = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size, **figures}
     if world.is_main:

@@ -27,16 +27,21 @@ def evaluate(
     length_edges: list[int],
     batch_size: int,
     baselines: list[Baseline] = (),
+    min_item_count: int = 0,
 ) -> dict:
     """Metrics of the model's ranking of each user's held-out item. Collective.
 
     The main figures rank the target among items the user has not seen; "seen_kept" among all items.
     Every baseline gets the same users, targets and candidates, under its name.
+    min_item_count: above 0, "frequent_items" repeats the main figures with only those items in the catalogue that
+    occur at least so often; users held out with a rarer one are left out of it.
     """
     world = task.world
-    unseen, kept, *others = (
-        RankingMetrics(k=k, length_edges=length_edges, device=world.device) for _ in range(2 + len(baselines))
+    unseen, kept, frequent, frequent_kept, *others = (
+        RankingMetrics(k=k, length_edges=length_edges, device=world.device) for _ in range(4 + len(baselines))
     )
+    frequent_V = torch.from_numpy(task.store.vocabulary("item").counts >= min_item_count).to(world.device)
+    frequent_V[:FIRST] = False
     coverage = Coverage(num_items=task.num_items, first_item=FIRST, device=world.device)
     model.eval()
     with torch.no_grad():
@@ -50,6 +55,12 @@ def evaluate(
             rank_all, rank_unseen = catalogue.rank_targets(query_RD, batch.targets, seen)
             kept.update(rank_all[real], length_R[real])
             unseen.update(rank_unseen[real], length_R[real])
+            if min_item_count:
+                narrow = open_catalogue(model, world, frequent_V)
+                rank_all, rank_unseen = narrow.rank_targets(query_RD, batch.targets, seen)
+                counted = real & frequent_V[batch.targets]
+                frequent_kept.update(rank_all[counted], length_R[counted])
+                frequent.update(rank_unseen[counted], length_R[counted])
             top_ids, _ = catalogue.top_k(query_RD, 10, seen)
             coverage.update(top_ids[real])
             last = last_items(histories, task, stage)
@@ -57,14 +68,19 @@ def evaluate(
                 rank_R = baseline.rank_targets(last.to(world.device), batch.targets, seen)
                 metrics.update(rank_R[real], length_R[real])
     result = {**unseen.compute(), "coverage@10": coverage.compute(), "seen_kept": kept.compute()}
+    if min_item_count:
+        about = {"min_item_count": min_item_count, "items": int(frequent_V.sum())}
+        result["frequent_items"] = {**about, **frequent.compute(), "seen_kept": frequent_kept.compute()}
     result["baselines"] = {b.name: metrics.compute() for b, metrics in zip(baselines, others, strict=True)}
     return result
 
 
-def open_catalogue(model: nn.Module, world: World) -> ShardedCatalogue:
+def open_catalogue(model: nn.Module, world: World, candidates_V: torch.Tensor | None = None) -> ShardedCatalogue:
     """The catalogue over the model's own item rows; items below FIRST are never ranked."""
     first_row, weight_VD = local_rows(model, "item")
-    return ShardedCatalogue(first_row=first_row, weight_VD=weight_VD.detach(), first_item=FIRST, world=world)
+    return ShardedCatalogue(
+        first_row=first_row, weight_VD=weight_VD.detach(), first_item=FIRST, world=world, candidates_V=candidates_V
+    )
 
 
 def memory_usage(model: nn.Module) -> dict[str, float]:

@@ -26,13 +26,23 @@ class ShardedCatalogue:
 
     first_row, weight_VD: this rank's part of the item table (sharding.local_rows).
     first_item: ids below it (padding, unknown) are never ranked.
+    candidates_V: bool over all ids: the only rivals `rank_targets` counts; None: every item.
     """
 
-    def __init__(self, *, first_row: int, weight_VD: torch.Tensor, first_item: int, world: World) -> None:
+    def __init__(
+        self,
+        *,
+        first_row: int,
+        weight_VD: torch.Tensor,
+        first_item: int,
+        world: World,
+        candidates_V: torch.Tensor | None = None,
+    ) -> None:
         skip = min(max(0, first_item - first_row), len(weight_VD))
         self.first = first_row + skip
         self.weight_VD = weight_VD[skip:]
         self.world = world
+        self.candidates_V = candidates_V
 
     @torch.no_grad()
     def rank_targets(
@@ -51,6 +61,8 @@ class ShardedCatalogue:
         for ids, score_QC in self._chunks(queries.all):
             above = (score_QC > score_Q[:, None]) | ((score_QC == score_Q[:, None]) & (ids < target_Q[:, None]))
             above &= ids != target_Q[:, None]
+            if self.candidates_V is not None:
+                above &= self.candidates_V[ids]
             above_all += above.sum(1)
             above[_inside(owner_S, item_S, ids)] = False
             above_unseen += above.sum(1)

@@ -103,6 +103,10 @@ class EvaluateConfig:
         metadata={"help": "edges of the history-length buckets metrics are also reported by"},
     )
     batch_size: int = field(default=256, metadata={"help": "users per batch, over all ranks"})
+    min_item_count: int = field(
+        default=0,
+        metadata={"help": "also report a catalogue of only the items that occur at least so often; 0: do not"},
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

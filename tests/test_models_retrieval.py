@@ -125,6 +125,22 @@ def test_nothing_after_the_cut_changes_a_query():
     assert torch.equal(changed_R, holds_R) and holds_R.any() and not holds_R.all()
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_the_time_of_the_query_moves_the_query_only_where_it_was_asked_for(attention):
+    batch = make_batch()
+    later = copy.copy(batch)
+    later.query_gap_s = batch.query_gap_s + 10**7
+    for time in ("none", "past", "query"):
+        torch.manual_seed(0)
+        tower = TowerConfig(width=16, experts=4, dropout=0.0, attention=attention, time=time)
+        tables = [EventTable("item", NUM_ITEMS), EventTable("gap", NUM_GAPS)]
+        model = RetrievalModel(tables=tables, tower=tower, memory=MemoryConfig(num_keys=8)).eval()
+        if time == "query":
+            torch.nn.init.normal_(model.head.time.by_gap)
+        assert torch.equal(model.query(batch), model.query(later)) is (time != "query")
+        assert torch.equal(model.encode(batch).summary, model.encode(later).summary)  # a state holds no query's time
+
+
 def softmax_inputs(R=6, V=30, D=8):
     g = torch.Generator().manual_seed(0)
     query_RD, items_VD = torch.randn(R, D, generator=g), torch.randn(V, D, generator=g)

@@ -68,6 +68,27 @@ def test_catalogue_equals_sorting(world, monkeypatch, chunk, k):
     check(catalogue, table_VD, *rest, k)
 
 
+def test_rivals_can_be_narrowed_to_candidates(world):
+    table_VD, query_RD, target_R, seen = problem(11)
+    candidates_V = torch.rand(NUM_ITEMS, generator=torch.Generator().manual_seed(0)) < 0.6
+    catalogue = retrieval.ShardedCatalogue(
+        first_row=0, weight_VD=table_VD, first_item=FIRST, world=world, candidates_V=candidates_V
+    )
+    rank_all, rank_unseen = catalogue.rank_targets(query_RD, target_R, seen)
+    for r, target in enumerate(target_R.tolist()):
+        score_V = table_VD @ query_RD[r]
+        above = {i for i in range(FIRST, NUM_ITEMS) if (-score_V[i], i) < (-score_V[target], target)}
+        rivals = {i for i in above if candidates_V[i]}
+        mine = {int(i) for o, i in zip(*seen, strict=True) if o == r}
+        assert (rank_all[r], rank_unseen[r]) == (len(rivals), len(rivals - mine))
+    assert (
+        rank_all
+        < retrieval.ShardedCatalogue(first_row=0, weight_VD=table_VD, first_item=FIRST, world=world).rank_targets(
+            query_RD, target_R, seen
+        )[0]
+    ).any()
+
+
 def _on_rank(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     world = World(rank=rank, size=size, device=torch.device("cpu"))
