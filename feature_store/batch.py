@@ -14,7 +14,7 @@ the lookup (and its all-to-all), which is the dear part of a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Histories:
 
 @dataclass
 class PrefixBatch(Pipelineable):
-    """What a model's forward takes; every field is a tensor, so it moves to a device as one.
+    """What a model's forward takes; all fields but `window` are tensors, and move to a device as one.
 
     features: KeyedJaggedTensor, stride B; keys: the event columns, "gap" (log2 bucket of the seconds since the
         user's previous event), and "candidate" (ids the loss ranks against; all of them in row 0, empty in evaluation).
@@ -57,6 +57,7 @@ class PrefixBatch(Pipelineable):
     rows: (R,) int64, the user's row number in the store, -1 for padding.
     query_gap_s: int64, like targets: seconds from the newest event before a target to the target; -1 where there is
         none, as when a batch is scored for no particular time.
+    window: (number, how many): which part of the users' histories this is, where they are cut in several.
     """
 
     features: KeyedJaggedTensor
@@ -69,13 +70,24 @@ class PrefixBatch(Pipelineable):
     normaliser: torch.Tensor
     rows: torch.Tensor
     query_gap_s: torch.Tensor
+    window: tuple[int, int] = (0, 1)
+
+    @property
+    def is_last_window(self) -> bool:
+        return self.window[0] + 1 == self.window[1]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PrefixBatch:
-        return PrefixBatch(*(getattr(self, f.name).to(device=device, non_blocking=non_blocking) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for f in fields(self):
-            getattr(self, f.name).record_stream(stream)
+        for name in self._tensor_names():
+            getattr(self, name).record_stream(stream)
 
     def pin_memory(self) -> PrefixBatch:
-        return PrefixBatch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, function) -> PrefixBatch:
+        return replace(self, **{name: function(getattr(self, name)) for name in self._tensor_names()})
+
+    def _tensor_names(self) -> list[str]:
+        return [f.name for f in fields(self) if f.name != "window"]

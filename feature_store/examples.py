@@ -20,19 +20,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.hashing import counter_uniform
+from elastic_rec.feature_store.jagged import span_indices
 from elastic_rec.feature_store.splits import SplitConfig, split_bounds
 from elastic_rec.feature_store.vocabulary import PAD, UNKNOWN
 
 NUM_GAP_BUCKETS = 40
 STAGES = ("train", "valid", "test", "score")
 CandidateSampler = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-_CUTS, _WINDOWS = 3, 4  # tell these uses of counter_uniform from the reader's
+_CUTS, _STRETCHES = 3, 4  # tell these uses of counter_uniform from the reader's
 
 
-class _Prefixes(NamedTuple):
-    """(R,) each: the user's position in the batch, prefix [starts, ends) and target on the T axis (-1: none).
-
-    With a target behind every event, targets are (P,) instead, P events of all prefixes laid end to end."""
+class Prefixes(NamedTuple):
+    """(R,) each: the user's position in the batch, prefix [starts, ends) and target on the T axis (-1: none)."""
 
     users: np.ndarray
     starts: np.ndarray
@@ -56,7 +55,7 @@ def make_prefix_batch(
 
     cuts = 0: train on a target behind every event, for causal models only: one row per user, targets and weights (P,)
         for the P events of all prefixes, and a normaliser of this rank's targets alone (the caller adds up the ranks).
-        A history longer than max_history gives a window of it, drawn by (seed, epoch, user).
+        A history longer than max_history gives a stretch of it, drawn by (seed, epoch, user).
 
     seed, epoch: choose the training targets, together with the user's row number only, so they do not depend on ranks.
     world_size: enters the normaliser, a rank's share of the global number of rows.
@@ -67,22 +66,56 @@ def make_prefix_batch(
             f"stage={stage!r}, cuts={cuts}, max_history={max_history}: stage is one of {', '.join(STAGES)}, "
             "cuts at least 0, max_history at least 1"
         )
-    prefixes = _choose(histories, split, stage, cuts, max_history, seed, epoch)
-    keep_T, starts, ends = _compact(prefixes, len(histories.times_s))
-
-    items = histories.columns["item"]
-    has_target = prefixes.targets >= 0
-    targets = np.full(len(has_target), PAD, np.int64)
-    targets[has_target] = items[prefixes.targets[has_target]]
-    query_gap_s = np.full(len(has_target), -1, np.int64)
-    query_gap_s[has_target] = gaps_s(histories)[prefixes.targets[has_target]]
+    prefixes = choose_prefixes(histories, split, stage, cuts, max_history, seed, epoch)
     rows = histories.rows[prefixes.users]
-    # An unknown item is nobody's next item: there is no row of the catalogue to rank.
-    weights = (rows >= 0) if stage == "score" else (targets > UNKNOWN)
-    weights = weights.astype(np.float32)
     every_position = stage == "train" and cuts == 0
-    num_losses = weights.sum() if every_position else histories.num_global_users * (cuts if stage == "train" else 1)
+    if every_position:
+        targets, query_gap_s = targets_behind(histories, prefixes.starts, prefixes.ends)
+    else:
+        targets, query_gap_s = targets_at(histories, prefixes.targets)
+    weights = loss_weights(stage, rows, targets)
+    num_losses = histories.num_global_users * (cuts if stage == "train" else 1)
+    normaliser = weights.sum() if every_position else num_losses / world_size
+    spans = rows, prefixes.starts, prefixes.ends
+    return assemble(histories, *spans, targets, query_gap_s, weights, normaliser, candidates)
 
+
+def targets_at(histories: Histories, positions_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(items, seconds since the event before) at positions of the T axis: (PAD, -1) where there is none (-1)."""
+    has_target = positions_R >= 0
+    positions = positions_R[has_target]
+    items, gaps = np.full(len(positions_R), PAD, np.int64), np.full(len(positions_R), -1, np.int64)
+    items[has_target] = histories.columns["item"][positions]
+    user = np.searchsorted(histories.offsets, positions, side="right") - 1
+    is_first = histories.offsets[user] == positions
+    gaps[has_target] = np.where(is_first, -1, histories.times_s[positions] - histories.times_s[positions - 1])
+    return items, gaps
+
+
+def targets_behind(histories: Histories, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) each, as targets_at, of the event behind every event of the stretches [starts, ends)."""
+    return targets_at(histories, span_indices(starts + 1, ends - starts))
+
+
+def loss_weights(stage: str, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    # An unknown item is nobody's next item: there is no row of the catalogue to rank.
+    return ((rows >= 0) if stage == "score" else (targets > UNKNOWN)).astype(np.float32)
+
+
+def assemble(
+    histories: Histories,
+    rows: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    targets: np.ndarray,
+    query_gap_s: np.ndarray,
+    weights: np.ndarray,
+    normaliser: float,
+    candidates: CandidateSampler | None,
+    window: tuple[int, int] = (0, 1),
+) -> PrefixBatch:
+    """The batch of prefixes [starts, ends) of the histories' T axis, without the events that no prefix covers."""
+    keep_T, starts, ends = _compact(starts, ends, len(histories.times_s))
     ids, log_q = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     if candidates is not None:
         ids, log_q = candidates(targets, weights)
@@ -95,9 +128,10 @@ def make_prefix_batch(
         targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights),
         log_q=torch.from_numpy(np.asarray(log_q, np.float32)),
-        normaliser=torch.tensor(num_losses / (1 if every_position else world_size), dtype=torch.float32),
+        normaliser=torch.tensor(normaliser, dtype=torch.float32),
         rows=torch.from_numpy(rows),
         query_gap_s=torch.from_numpy(query_gap_s),
+        window=window,
     )
 
 
@@ -114,15 +148,16 @@ def gaps_s(histories: Histories) -> np.ndarray:
     return gaps
 
 
-def _choose(
+def choose_prefixes(
     histories: Histories, split: SplitConfig, stage: str, cuts: int, max_history: int, seed: int, epoch: int
-) -> _Prefixes:
+) -> Prefixes:
     begins, n_B = histories.offsets[:-1], np.diff(histories.offsets)
     users = np.arange(len(n_B))
     if stage == "score":
         ends, targets = n_B, np.full(len(n_B), -1)
     elif stage == "train" and cuts == 0:
-        return _windows(histories, split_bounds(split, histories).train_end, max_history, seed, epoch)
+        starts, ends = _stretches(histories, split_bounds(split, histories).train_end, max_history, seed, epoch)
+        return Prefixes(users, starts, ends, ends)
     elif stage == "train":
         users = np.repeat(users, cuts)
         targets = _draw_targets(split_bounds(split, histories).train_end, histories.rows, cuts, seed, epoch)
@@ -133,19 +168,18 @@ def _choose(
         ends = np.maximum(targets, 0)
     starts = np.maximum(ends - max_history, 0)
     begins = begins[users]
-    return _Prefixes(users, begins + starts, begins + ends, np.where(targets >= 0, begins + targets, -1))
+    return Prefixes(users, begins + starts, begins + ends, np.where(targets >= 0, begins + targets, -1))
 
 
-def _windows(histories: Histories, train_end_B: np.ndarray, max_history: int, seed: int, epoch: int) -> _Prefixes:
-    """One stretch of up to max_history training events per user, each with the event behind it as target."""
+def _stretches(
+    histories: Histories, train_end_B: np.ndarray, max_history: int, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One stretch of up to max_history training events per user, with an event behind it: (starts, ends)."""
     last_B = np.maximum(train_end_B - 1, 0)  # the last training event is only ever a target
     spare_B = np.maximum(last_B - max_history, 0)
-    u_B = counter_uniform(_WINDOWS, seed, epoch, histories.rows, np.zeros_like(histories.rows))
+    u_B = counter_uniform(_STRETCHES, seed, epoch, histories.rows, np.zeros_like(histories.rows))
     starts = histories.offsets[:-1] + np.minimum((u_B * (spare_B + 1)).astype(np.int64), spare_B)
-    lengths = np.minimum(last_B, max_history)
-    first_P = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-    targets = first_P + np.arange(len(first_P)) + 1
-    return _Prefixes(np.arange(len(starts)), starts, starts + lengths, targets)
+    return starts, starts + np.minimum(last_B, max_history)
 
 
 def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, cuts: int, seed: int, epoch: int) -> np.ndarray:
@@ -159,15 +193,15 @@ def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, cuts: int, seed: 
     return targets_BJ.ravel()
 
 
-def _compact(prefixes: _Prefixes, num_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _compact(starts: np.ndarray, ends: np.ndarray, num_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops events that no prefix covers: (keep_T bool, starts, ends on the shortened axis)."""
     depth = np.zeros(num_events + 1, np.int64)
-    np.add.at(depth, prefixes.starts, 1)
-    np.add.at(depth, prefixes.ends, -1)
+    np.add.at(depth, starts, 1)
+    np.add.at(depth, ends, -1)
     keep = np.cumsum(depth)[:-1] > 0
     new_position = np.zeros(num_events + 1, np.int64)
     np.cumsum(keep, out=new_position[1:])
-    return keep, new_position[prefixes.starts], new_position[prefixes.ends]
+    return keep, new_position[starts], new_position[ends]
 
 
 def _features(

@@ -15,7 +15,7 @@ from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.sharding import local_rows
-from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.task import NextItemTask, query_windows
 
 
 def evaluate(
@@ -46,9 +46,8 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         catalogue = open_catalogue(model, world)
-        for histories, batch in task.held_out(stage, batch_size=batch_size):
-            batch = batch.to(world.device)
-            query_RD = model.query(batch)
+        for histories, windows in task.held_out(stage, batch_size=batch_size):
+            query_RD, batch = query_windows(model, windows, world.device)
             real = batch.weights > 0
             seen = seen_pairs(histories, task, stage)
             length_R = torch.from_numpy(positions(histories, task, stage)).to(world.device)

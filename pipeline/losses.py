@@ -36,7 +36,7 @@ class FullCandidates:
         self.ids = np.arange(FIRST, num_items, dtype=np.int64)
         self.log_q = np.zeros(len(self.ids), dtype=np.float32)
 
-    def at_step(self, step: int):
+    def at_step(self, step: int, window: int = 0):
         return lambda targets, weights: (self.ids, self.log_q)
 
 
@@ -57,8 +57,8 @@ class SampledCandidates:
         self.num_negatives = config.num_negatives
         self.seed = seed
 
-    def at_step(self, step: int):
-        draws = np.random.default_rng([self.seed, step]).random(self.num_negatives)
+    def at_step(self, step: int, window: int = 0):
+        draws = np.random.default_rng([self.seed, step, window]).random(self.num_negatives)
         negatives = np.searchsorted(self.cumulative, draws, side="right").clip(FIRST, len(self.cumulative) - 1)
 
         def candidates(targets: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

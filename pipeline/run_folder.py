@@ -26,8 +26,8 @@ from elastic_rec.pipeline.task import NextItemTask
 
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (
-    "model.", "memory.", "loss.", "data.columns", "data.max_history", "data.cuts", "data.split.",
-    "optim.global_batch_size", "run.seed",
+    "model.", "memory.", "loss.", "data.columns", "data.max_history", "data.cuts", "data.window", "data.split.",
+    "optim.global_batch_size", "run.seed", "run.precision",
 )  # fmt: skip
 
 

@@ -31,6 +31,13 @@ class DataConfig:
         default=4,
         metadata={"help": "prefixes drawn per user and step, each with its target; 0: a target behind every event"},
     )
+    window: int = field(
+        default=0,
+        metadata={
+            "help": "read a history in windows of so many events that carry the user's state, an optimiser step per "
+            "window: memory is bounded by it, whatever max_history is; cuts=0 and causal only. 0: in one pass"
+        },
+    )
     split: SplitConfig = field(default_factory=SplitConfig, metadata={"help": "how targets are held out"})
     dataset: DatasetConfig = field(default_factory=DatasetConfig, metadata={"help": "where raw events come from"})
     ingest: IngestConfig = field(
@@ -42,6 +49,13 @@ class DataConfig:
         if self.max_history < 1 or self.cuts < 0:
             raise ValueError(
                 f"data.max_history={self.max_history}, data.cuts={self.cuts}: set at least 1 and at least 0"
+            )
+        if self.window < 0:
+            raise ValueError(f"data.window={self.window}: set events per window, or 0 to read histories in one pass")
+        if self.window and self.cuts:
+            raise ValueError(
+                f"data.window={self.window} with data.cuts={self.cuts}: a window has a target behind every event, "
+                "set data.cuts=0, or data.window=0"
             )
 
 
@@ -60,7 +74,17 @@ class RunConfig:
         metadata={"help": "overlap input and all-to-all with compute (TorchRec's TrainPipelineSparseDist)"},
     )
 
+    precision: str = field(
+        default="float32",
+        metadata={
+            "help": "of the products in tower, head and loss: float32; bfloat16 (autocast: weights, sums, softmax and "
+            "times stay float32 or wider); auto: bfloat16 on a CUDA device that has it"
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16", "auto"):
+            raise ValueError(f"run.precision={self.precision!r}: set float32, bfloat16 or auto")
         if self.keep_last < 1:
             raise ValueError(
                 f"run.keep_last={self.keep_last}: keep at least 1, a run without a checkpoint cannot resume"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.windows import HistoryWindows
 from elastic_rec.models.elastic.config import Time
 from elastic_rec.models.heads.retrieval import EventTable, RetrievalModel
 from elastic_rec.pipeline.errors import ConfigError
@@ -45,7 +48,9 @@ class NextItemTask:
             memory=self.config.memory,
             softmax=self.config.loss.softmax,
             every_position=self.config.data.cuts == 0,
+            windows=self.config.data.window > 0,
             max_history=self.config.data.max_history,
+            autocast=autocast(self.config.run.precision, self.world.device),
             device=init_device(rows, self.config.model.width, self.config.parallel),
         )
 
@@ -53,7 +58,7 @@ class NextItemTask:
         return self._reader(self.config.optim.global_batch_size, shuffle=True)
 
     def train_batches(self, reader: HistoryReader, *, epoch: int, start_batch: int) -> Iterator[PrefixBatch]:
-        """This rank's share of each global batch of an epoch, from start_batch on."""
+        """This rank's share of each global batch of an epoch, from start_batch on; all its windows, in order."""
         loss = self.config.loss
         if loss.softmax == "full":
             candidates = FullCandidates(self.num_items)
@@ -62,18 +67,19 @@ class NextItemTask:
             candidates = SampledCandidates(counts, loss, seed=self.config.run.seed)
         step = epoch * reader.num_batches + start_batch
         for histories in reader.epoch(epoch, start_batch=start_batch):
-            batch = self._batch(histories, "train", epoch=epoch, candidates=candidates.at_step(step))
-            if self.config.data.cuts == 0:  # how many targets the global batch has is known to no rank alone
-                total = batch.normaliser.to(self.world.device)
-                dist.all_reduce(total)
-                batch.normaliser = total.clamp_min(1) / self.world.size
-            yield batch
+            for batch in self._batches(histories, "train", epoch=epoch, candidates=partial(candidates.at_step, step)):
+                if self.config.data.cuts == 0:  # how many targets the global batch has is known to no rank alone
+                    total = batch.normaliser.to(self.world.device)
+                    dist.all_reduce(total)
+                    batch.normaliser = total.clamp_min(1) / self.world.size
+                yield batch
             step += 1
 
-    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:
-        """All users once, in store order, with their "valid" or "test" target (weight 0 where there is none)."""
+    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, Iterator[PrefixBatch]]]:
+        """All users once, in store order, with their "valid" or "test" target (weight 0 where there is none). A batch
+        of users comes in all its windows (`query_windows`)."""
         for histories in self._reader(batch_size, shuffle=False).epoch(0):
-            yield histories, self._batch(histories, stage)
+            yield histories, self._batches(histories, stage)
 
     def file_batches(self, file_index: int, *, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:
         """The users of one store file, whole histories, for scoring."""
@@ -91,19 +97,32 @@ class NextItemTask:
             seed=self.config.run.seed,
         )
 
+    def _batches(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> Iterator[PrefixBatch]:
+        """The batch of some histories, or its windows, of which all ranks make equally many."""
+        size = self.config.data.window
+        if not size:
+            yield self._batch(histories, stage, epoch=epoch, candidates=candidates and candidates())
+            return
+        windows = HistoryWindows(histories, size=size, **self._settings(stage, epoch))
+        count = torch.tensor(windows.count, device=self.world.device)
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        for number in range(int(count)):
+            yield windows.batch(number, int(count), candidates and candidates(window=number))
+
     def _batch(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
+        cuts = self.config.data.cuts if stage == "train" else 1
+        return make_prefix_batch(histories, cuts=cuts, candidates=candidates, **self._settings(stage, epoch))
+
+    def _settings(self, stage: str, epoch: int) -> dict:
         data = self.config.data
-        return make_prefix_batch(
-            histories,
-            split=data.split,
-            stage=stage,
-            cuts=data.cuts if stage == "train" else 1,
-            max_history=data.max_history,
-            seed=self.config.run.seed,
-            epoch=epoch,
-            world_size=self.world.size,
-            candidates=candidates,
-        )
+        return {
+            "split": data.split,
+            "stage": stage,
+            "max_history": data.max_history,
+            "seed": self.config.run.seed,
+            "epoch": epoch,
+            "world_size": self.world.size,
+        }
 
     def padding_batch(self) -> tuple[Histories, PrefixBatch]:
         """One user without events: what a rank brings to a collective step when it has nothing left to do."""
@@ -125,3 +144,21 @@ class NextItemTask:
                     f"store {self.store.path} has {have} ids in column {name!r}, the run's table {rows[name]} rows: "
                     "the ids would not mean the same items; use the store of the run, or train on this one"
                 )
+
+
+def query_windows(
+    model: RetrievalModel, windows: Iterator[PrefixBatch], device: torch.device
+) -> tuple[torch.Tensor, PrefixBatch]:
+    """The users' queries after all windows, one of which is on the device at a time, and the last of them."""
+    for batch in windows:
+        batch = batch.to(device)
+        query_RD = model.query(batch)
+    return query_RD, batch
+
+
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """run.precision as what the model enters."""
+    if precision == "auto":
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_it else "float32"
+    return partial(torch.autocast, device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,9 @@ class Trainer:
 
     batches(epoch, start_batch) yields this rank's batches; validate() returns figures, "ndcg@10" among them;
     user_ids(rows) names users in errors. Each rank's loss is its share of the global batch's loss, times ranks.
+
+    A batch may come in windows: an update of the weights each, but one step of the run (schedule, log, checkpoint),
+    after the last of them, where no state is carried.
     """
 
     def __init__(
@@ -102,17 +105,22 @@ class Trainer:
         # A pipeline rewrites the forward of sharded modules while it lives: one per epoch, detached before validation.
         pipeline = self._pipeline()
         source = TimedIterator(self.batches(progress.epoch, progress.batch), self.total_steps - progress.step)
-        watch = LossWatch(self.user_ids)
+        watch, losses = LossWatch(self.user_ids), WindowLosses()
         epoch = progress.epoch
         while True:
-            torch.manual_seed((run.seed * 1_000_003 + progress.step) * 4099 + self.world.rank)  # dropout resumes alike
+            seed = (run.seed * 1_000_003 + progress.step) * 4099 + self.world.rank  # dropout resumes alike
+            torch.manual_seed(seed + (len(losses) << 48))
             try:
                 _, _, loss = pipeline.progress(source)
             except StopIteration:
                 break
+            batch = source.handed_out.popleft()
+            losses.add(loss, batch.normaliser)
+            if not batch.is_last_window:
+                continue
             self.scheduler.step()
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            watch.add(progress.step, loss, source.rows.popleft())
+            watch.add(progress.step, losses.mean(), batch.rows)
             if progress.step % run.log_every == 0 or progress.batch == self.num_batches:
                 self._log_steps(watch, source, epoch)
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0 and progress.batch < self.num_batches:
@@ -157,12 +165,39 @@ def planned_steps(config: TrainConfig, num_batches: int) -> int:
     return min(steps, config.optim.max_steps) if config.optim.max_steps else steps
 
 
+class HandedOut(NamedTuple):
+    """What is asked of a batch after its step."""
+
+    rows: torch.Tensor
+    normaliser: torch.Tensor
+    is_last_window: bool
+
+
+class WindowLosses:
+    """The losses of a batch's windows, up to now; their mean by number of targets is that of one pass."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def add(self, loss: torch.Tensor, normaliser: torch.Tensor) -> None:
+        self.parts.append((loss.detach(), normaliser))
+
+    def mean(self) -> torch.Tensor:
+        """And start with the next batch."""
+        losses, weights = (torch.stack(part) for part in zip(*self.parts, strict=True))
+        self.parts = []
+        return (losses * (weights / weights.sum()).to(losses.device)).sum()
+
+
 class TimedIterator:
-    """At most `limit` batches; counts samples, events and the seconds spent waiting for them."""
+    """At most `limit` batches, with all their windows; counts samples, events and seconds spent waiting for them."""
 
     def __init__(self, batches: Iterator[PrefixBatch], limit: int) -> None:
         self.batches, self.left = batches, limit
-        self.rows: deque[torch.Tensor] = deque()  # of batches handed out whose step has not ended yet
+        self.handed_out: deque[HandedOut] = deque()  # batches whose step has not ended yet
         self._reset()
 
     def __iter__(self) -> TimedIterator:
@@ -174,10 +209,10 @@ class TimedIterator:
         start = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - start
-        self.left -= 1
+        self.left -= batch.is_last_window
         self.samples += int((batch.weights > 0).sum())
         self.events += int((batch.ends - batch.starts).sum())
-        self.rows.append(batch.rows)
+        self.handed_out.append(HandedOut(batch.rows, batch.normaliser, batch.is_last_window))
         return batch
 
     def counts(self) -> tuple[float, float, float, float]:

@@ -140,7 +140,7 @@ def with_changed_events(h: Histories, at: np.ndarray, *, later_s: int) -> Histor
 
 
 def differing_fields(a: PrefixBatch, b: PrefixBatch) -> set[str]:
-    names = {f.name for f in fields(PrefixBatch) if f.name != "features"}
+    names = {f.name for f in fields(PrefixBatch)} - {"features", "window"}
     found = {name for name in names if not torch.equal(getattr(a, name), getattr(b, name))}
     same = torch.equal(a.features.values(), b.features.values()) and torch.equal(
         a.features.lengths(), b.features.lengths()
@@ -259,7 +259,7 @@ def test_candidates_go_to_row_0_and_shapes_are_right():
     assert np.array_equal(asked["targets"], batch.targets) and np.array_equal(asked["weights"], batch.weights)
     without = make(h)
     assert len(without.log_q) == 0 and without.features["candidate"].lengths().tolist() == [0, 0, 0]
-    dtypes = {f.name: getattr(batch, f.name).dtype for f in fields(PrefixBatch) if f.name != "features"}
+    dtypes = {f.name: getattr(batch, f.name).dtype for f in fields(PrefixBatch) if f.name not in ("features", "window")}
     floats = {"weights", "log_q", "normaliser"}
     assert all(dtypes[n] == (torch.float32 if n in floats else torch.int64) for n in dtypes)
     assert batch.normaliser.shape == () and batch.features.values().dtype == torch.int64

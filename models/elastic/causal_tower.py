@@ -38,7 +38,16 @@ class TimelineMaker(nn.Module):
         super().__init__()
         self.chunk = chunk
 
-    def forward(self, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None = None) -> Timeline:
+    def forward(
+        self,
+        offsets_B1: torch.Tensor,
+        times_s_T: torch.Tensor,
+        state: UserState | None = None,
+        fingerprint: str | None = None,
+    ) -> Timeline:
+        """fingerprint: what the state's must be; None: any."""
+        if state is not None:
+            check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=fingerprint)
         return Timeline.build(offsets_B1, times_s_T, self.chunk, state)
 
 
@@ -90,12 +99,38 @@ class CausalSummary(nn.Module):
         return Summarised(output, rows_XD.index_select(0, row_B))
 
 
+class StateMaker(nn.Module):
+    """forward(timeline, depth, newest_BD) -> the users' states after the events of the timeline."""
+
+    def __init__(self, chunk: int):
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, timeline: Timeline, depth: Depth, newest_BD: torch.Tensor) -> UserState:
+        state, chunks, chunk = timeline.state, timeline.chunks, self.chunk
+        count_B = state.count_B + timeline.offsets_B1.diff()
+        kept_B = num_kept(count_B, chunk)
+        axis_B1 = chunks.tiles.offsets_B1
+        folded_B = chunks.first_B + (axis_B1.diff() - kept_B) // chunk  # the boundary where the kept events begin
+        slot_W = torch.arange(2 * chunk, device=count_B.device)
+        empty_BW = slot_W >= kept_B[:, None]
+        place_BW = ((axis_B1[1:] - kept_B)[:, None] + slot_W).masked_fill(empty_BW, 0)
+        return state.next(
+            count_B=count_B,
+            newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
+            times_s_E=timeline.times_s_E,
+            layers=[(read.sums.rows(folded_B), read.key_EHd, read.value_EHd) for read in depth.reads],
+            place_BW=place_BW,
+            empty_BW=empty_BW,
+        )
+
+
 class CausalTower(nn.Module):
     """forward(tokens_TD, offsets_B1, times_s_T) -> CausalOutput; step(..., state) -> (CausalOutput, UserState).
 
     times_s_T: int64 seconds, in order within a user. `memory` is an InterestMemory or None. every=False leaves out
     the output's `tokens` and most of the last layer: for who wants the users' summary and interests only.
-    TorchRec traces forward (the tower owns the memory's bank): sub-module calls and indexing only.
+    TorchRec traces both (the tower owns the memory's bank): sub-module calls and indexing only.
     """
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
@@ -108,6 +143,7 @@ class CausalTower(nn.Module):
         self.seeds = None if memory.enabled else CausalSeeds(config)
         self.stack = CausalStack(config)
         self.summary = CausalSummary(config)
+        self.next_state = StateMaker(config.chunk)
         self._fingerprint = Fingerprint(self)
 
     def forward(
@@ -146,26 +182,7 @@ class CausalTower(nn.Module):
         Equal to one pass over all events, for any cut. Gradients run into the state it was given: `state.detach()`
         cuts them off. In training a state may outlive a change of weights; in evaluation that is refused.
         """
-        check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=None if self.training else self.fingerprint())
-        timeline = self.timeline(offsets_B1, times_s_T, state)
+        timeline = self.timeline(offsets_B1, times_s_T, state, None if self.training else self.fingerprint())
         depth = self._depth(tokens_TD, timeline, every)
-        output, newest_BD = self.summary(depth, every)
-        return output, self._next_state(timeline, depth, newest_BD)
-
-    def _next_state(self, timeline: Timeline, depth: Depth, newest_BD: torch.Tensor) -> UserState:
-        state, chunks, chunk = timeline.state, timeline.chunks, self.config.chunk
-        count_B = state.count_B + timeline.offsets_B1.diff()
-        kept_B = num_kept(count_B, chunk)
-        axis_B1 = chunks.tiles.offsets_B1
-        folded_B = chunks.first_B + (axis_B1.diff() - kept_B) // chunk  # the boundary where the kept events begin
-        slot_W = torch.arange(2 * chunk, device=count_B.device)
-        empty_BW = slot_W >= kept_B[:, None]
-        place_BW = ((axis_B1[1:] - kept_B)[:, None] + slot_W).masked_fill(empty_BW, 0)
-        return state.next(
-            count_B=count_B,
-            newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
-            times_s_E=timeline.times_s_E,
-            layers=[(read.sums.rows(folded_B), read.key_EHd, read.value_EHd) for read in depth.reads],
-            place_BW=place_BW,
-            empty_BW=empty_BW,
-        )
+        summarised = self.summary(depth, every)
+        return summarised[0], self.next_state(timeline, depth, summarised[1])

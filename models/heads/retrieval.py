@@ -6,13 +6,15 @@ laid end to end, D width, C candidates.
     features -> embeddings (sharded) -> events (T, D) -> prefixes (P, D) -> tower -> query (R, D) -> softmax -> loss
 
 The batch (feature_store's PrefixBatch) is taken by its fields: features, times_s, starts, ends, targets, weights,
-log_q, normaliser, query_gap_s. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only calls
-sub-modules, and the tensor code stands in the small modules above it. A sharded lookup is waited for where it is first
-indexed.
+log_q, normaliser, query_gap_s, window. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only
+calls sub-modules, and the tensor code stands in the small modules above it. A sharded lookup is waited for where it is
+first indexed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.tower import TowerOutput, build_tower
+from elastic_rec.models.elastic.windows import WindowedTower
 from elastic_rec.models.heads.softmax import SOFTMAX, SoftmaxKind
 
 
@@ -145,8 +148,11 @@ class RetrievalModel(nn.Module):
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
     every_position: train on a target behind every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
-    causal towers only.
+        causal towers only.
+    windows: histories come in windows (batch.window), and forward or query must be called with all of them in order;
+        the last query is the users'. Causal only.
     max_history: events of the longest prefix, needed by SASRec's positions alone.
+    autocast: entered around all that comes after the lookups, e.g. partial(torch.autocast, "cpu", torch.bfloat16).
     device: where tables are made ("meta": when sharded); dense parameters are always made on the CPU.
     """
 
@@ -158,7 +164,9 @@ class RetrievalModel(nn.Module):
         memory: MemoryConfig,
         softmax: SoftmaxKind | str = SoftmaxKind.full,
         every_position: bool = False,
+        windows: bool = False,
         max_history: int = 200,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
         device: torch.device | str | None = None,
     ):
         super().__init__()
@@ -169,6 +177,11 @@ class RetrievalModel(nn.Module):
             raise ValueError(
                 "a target behind every event (data.cuts=0) with model.attention=bidirectional trains on the answer: "
                 "set model.attention=causal, or data.cuts=4"
+            )
+        if windows and tower.attention is not Attention.causal:
+            raise ValueError(
+                "windows that carry a state (data.window) need a tower that can be continued: set "
+                "model.attention=causal, or data.window=0"
             )
         # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
         # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.
@@ -188,24 +201,34 @@ class RetrievalModel(nn.Module):
         )
         self.events = EventEncoder(names, tower.width, tower.dropout)
         self.prefixes = PrefixGather()
-        self.tower = build_tower(tower, memory, max_history=max_history, device=device)
+        self.windows, self.autocast = windows, autocast
+        if windows:
+            self.tower = WindowedTower(tower, memory, device=device)
+        else:
+            self.tower = build_tower(tower, memory, max_history=max_history, device=device)
         self.head = QueryHead(tower, every_position)
         self.loss = RetrievalLoss(SoftmaxKind(softmax))
 
     def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         embedded = self.embeddings(batch.features)
-        query_RD = self.head(self._encode(embedded, batch), batch.query_gap_s)
-        loss = self.loss(query_RD, embedded, batch)
+        with self.autocast():
+            query_RD = self.head(self._encode(embedded, batch), batch.query_gap_s)
+            loss = self.loss(query_RD, embedded, batch)
         return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
-        return self.head(self.encode(batch), batch.query_gap_s)
+        output = self.encode(batch)
+        with self.autocast():
+            return self.head(output, batch.query_gap_s).float()
 
     def encode(self, batch) -> TowerOutput:
-        return self._encode(self.embeddings(batch.features), batch)
+        embedded = self.embeddings(batch.features)
+        with self.autocast():
+            return self._encode(embedded, batch)
 
     def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
         events_TD = self.events(embedded)
         prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
         every = self.head.every_position and self.training  # else the tower may leave out all but the newest events
-        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every)
+        which = (batch.window,) if self.windows else ()
+        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every, *which)

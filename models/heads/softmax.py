@@ -1,8 +1,9 @@
 """Softmax losses over items: the whole catalogue, or a sample with logQ correction.
 
 Legend: R rows (prefixes), D width, C candidates, S shared negatives.
-Both give (sum of weight · cross entropy, cross entropy per row without graph). A row of weight 0 (padding, no target)
-may have any target; its cross entropy stays finite and counts nothing.
+Products may run in bfloat16 (autocast); what follows on the logits is float32. Both give (sum of weight · cross
+entropy, cross entropy per row without graph). A row of weight 0 (padding, no target) may have any target; its cross
+entropy stays finite and counts nothing.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class SampledSoftmax(nn.Module):
                 "[negatives ; one target per row] with at least one negative"
             )
         negative_SD, target_RD = candidate_CD[:num_negatives], candidate_CD[num_negatives:]
-        negative_RS = torch.addmm(-log_q_C[:num_negatives], query_RD, negative_SD.T)
+        negative_RS = (query_RD @ negative_SD.T).float() - log_q_C[:num_negatives]
         hits_RS = candidate_ids_C[:num_negatives] == targets_R[:, None]
-        target_R = (query_RD * target_RD).sum(-1)
+        target_R = (query_RD.float() * target_RD).sum(-1)
         logits = torch.cat([target_R[:, None], negative_RS.masked_fill(hits_RS, -torch.inf)], dim=1)
         loss_R = logits.logsumexp(-1) - target_R
         return (weights_R * loss_R).sum(), loss_R.detach()
