@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.sources import Source, id_sql, time_sql
+from elastic_rec.feature_store.sql import bucket_sql, record_batches
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
 BATCH_EVENTS = 1 << 17
@@ -133,7 +134,7 @@ class DuckEngine:
         return self._types.get(role)
 
     def vocabulary(self, role: str) -> Vocabulary:
-        table = _reader(self._db, f'SELECT id, n FROM "vocab_{role}" ORDER BY idx').read_all()
+        table = record_batches(self._db, f'SELECT id, n FROM "vocab_{role}" ORDER BY idx', BATCH_EVENTS).read_all()
         ids = table["id"].combine_chunks()
         if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type):
             ids = ids.cast(pa.string())
@@ -161,12 +162,11 @@ class DuckEngine:
 
     def _sorted(self, events: str) -> pa.RecordBatchReader:
         order = "timestamp, event_id" if "event_id" in self._roles else "timestamp"
-        return _reader(self._db, f"SELECT * EXCLUDE (seq) FROM ({events}) ORDER BY bucket, user_id, {order}, seq")
+        sql = f"SELECT * EXCLUDE (seq) FROM ({events}) ORDER BY bucket, user_id, {order}, seq"
+        return record_batches(self._db, sql, BATCH_EVENTS)
 
     def _bucket(self, user: str, num_buckets: int) -> str:
-        if self._types["user"] == "int64":
-            return f"((({user} % {num_buckets}) + {num_buckets}) % {num_buckets})::INTEGER"
-        return f"(('0x' || substr(md5({user}), 1, 15))::BIGINT % {num_buckets})::INTEGER"
+        return bucket_sql(user, self._types["user"], num_buckets)
 
     def _staged_sql(self, source: Source, role: str) -> str:
         if role == "timestamp":
@@ -227,11 +227,3 @@ def _time_fault(value: object, kind: str, unit: str) -> str:
     if number != int(number):
         return f"is fractional in timestamp_unit={unit}; multiply by 1000 and set timestamp_unit={finer}"
     return "does not fit int64; check timestamp_unit"
-
-
-def _reader(db: duckdb.DuckDBPyConnection, sql: str) -> pa.RecordBatchReader:
-    relation = db.sql(sql)
-    # The name changed between DuckDB 1.4 and 2.0.
-    if hasattr(relation, "to_arrow_reader"):
-        return relation.to_arrow_reader(BATCH_EVENTS)
-    return relation.fetch_record_batch(BATCH_EVENTS)
