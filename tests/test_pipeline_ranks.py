@@ -124,6 +124,36 @@ def test_causal_training_at_every_position_is_the_same_on_two_ranks(overrides, t
     assert code == 2 and "would train on the answer" in text
 
 
+def test_training_in_windows_is_the_same_on_two_ranks_and_after_a_kill(overrides, tmp_path):
+    windows = ["data.cuts=0", "model.attention=causal", "model.chunk=4", "data.window=8", "optim.max_steps=12"]
+    arguments = [*helpers.SMALL_TRAIN, *overrides, *windows, "run.checkpoint_every=2"]
+    for ranks in (1, 2):
+        helpers.run("train", *arguments, f"run.dir={tmp_path}/{ranks}", ranks=ranks)
+    one, two = (helpers.train_lines(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4) and len(one) == 12
+    assert one[1] == pytest.approx(np.log(60), rel=0.05) and one[12] < one[1] - 0.1
+
+    for folder in (tmp_path / "2/checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > 6:
+            shutil.rmtree(folder)
+    again = helpers.run("train", *arguments, f"run.dir={tmp_path}/2", "run.resume=true", ranks=2)
+    assert "resuming at step 6" in again["stderr"], "a batch's windows are one step: none is begun half-way"
+    assert helpers.train_lines(tmp_path / "2") == two
+
+    # Evaluated in windows or at once, with the same weights: the same ranks for all but rounding.
+    cut = helpers.run("evaluate", f"run={tmp_path}/1")
+    assert cut["users"] == 120 and cut["hr@10"] > cut["baselines"]["popularity"]["hr@10"] * 0.8
+
+
+def test_bfloat16_products_train_alike(overrides, tmp_path):
+    causal = ["data.cuts=0", "model.attention=causal", "model.chunk=4", "optim.max_steps=12"]
+    for precision in ("float32", "bfloat16"):
+        arguments = [*helpers.SMALL_TRAIN, *overrides, *causal, f"run.precision={precision}"]
+        helpers.run("train", *arguments, f"run.dir={tmp_path}/{precision}")
+    full, half = (helpers.train_lines(tmp_path / precision) for precision in ("float32", "bfloat16"))
+    assert full != half and full == pytest.approx(half, rel=1e-2)
+
+
 def test_early_stop_and_which_checkpoints_are_kept(overrides, tmp_path):
     run_dir = tmp_path / "x"
     still = ["optim.table_lr=1e-12", "optim.bank_lr=1e-12", "optim.dense_lr=1e-12"]  # validation cannot get better
