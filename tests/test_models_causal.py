@@ -222,7 +222,7 @@ def test_activations_are_linear_in_events():
     per_event = (large - small) / (8192 - 2048)
     assert per_event <= 2 * (20 * D + 24 * K * D / 32), per_event
     ragged, seen = saved_numbers(tower, [1] * 31 + [8192] + [1] * 32)
-    T, R, block_scores = 8255, 8192 // 32 + 63 + 64, chunks_module.BLOCK * 32 * H * (K + 64)
+    T, R, block_scores = 8255, 8192 // 32 + 63 + 64, chunks_module.BLOCK_EVENTS * H * (K + 64)
     assert seen.largest <= max(3 * T * D, 2 * R * K * D, block_scores) < 64 * 8192 * 2, seen.shape
     assert ragged < large * 1.5
 

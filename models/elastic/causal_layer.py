@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from elastic_rec.models.elastic.config import Reads, Time, TowerConfig
 from elastic_rec.models.elastic.layer import FeedForward
@@ -30,18 +31,19 @@ SHORTEST_S, LONGEST_S = 3600.0, 3.0e8  # half-lives at the start of training: an
 
 
 class Read(NamedTuple):
-    """What one layer knows of the events: queries, keys, values (E, H, d), sums at every boundary, their mean."""
+    """What one layer knows of the events: query, key, value of each, sums at every boundary, their mean."""
 
-    query_EHd: torch.Tensor
-    key_EHd: torch.Tensor
-    value_EHd: torch.Tensor
+    qkv_E3Hd: torch.Tensor
     sums: Partial
     mean_RKD: torch.Tensor
 
     def of(self, event_E: torch.Tensor, boundary_R: torch.Tensor) -> Read:
         """Some events and boundaries only."""
-        events = (tensor.index_select(0, event_E) for tensor in (self.query_EHd, self.key_EHd, self.value_EHd))
-        return Read(*events, self.sums.rows(boundary_R), self.mean_RKD.index_select(0, boundary_R))
+        return Read(
+            self.qkv_E3Hd.index_select(0, event_E),
+            self.sums.rows(boundary_R),
+            self.mean_RKD.index_select(0, boundary_R),
+        )
 
 
 class CausalAggregate(nn.Module):
@@ -68,17 +70,14 @@ class CausalAggregate(nn.Module):
 
     def forward(self, tokens_TD: torch.Tensor, timeline: Timeline) -> Read:
         H, _, d = self.ask_HKd.shape
-        query, key, value = self.qkv(self.norm(tokens_TD)).view(-1, 3, H, d).unbind(1)
-        query, start = query * d**-0.5, None
+        # Queries are scaled by 1/sqrt(d) through their weights: D·D numbers instead of T·D.
+        scale = torch.cat([self.qkv.weight.new_full((H * d, 1), d**-0.5), self.qkv.weight.new_ones(2 * H * d, 1)])
+        qkv, start = F.linear(self.norm(tokens_TD), self.qkv.weight * scale).view(-1, 3, H, d), None
         if timeline.state is not None:
-            kept_key_BWHd, kept_value_BWHd = timeline.state.kept(self.number)
-            query = timeline.join(kept_key_BWHd, query)  # of kept events no output is wanted: any query will do
-            key, value = timeline.join(kept_key_BWHd, key), timeline.join(kept_value_BWHd, value)
-            start = timeline.state.sums(self.number)
-        sums = causal_aggregate(
-            self.ask_HKd * d**-0.5, key, value, timeline.times_s_E, self.rate(), timeline.chunks, start
-        )
-        return Read(query, key, value, sums, sums.mean().transpose(1, 2).flatten(2))
+            kept_BW3Hd = F.pad(timeline.state.kept(self.number), (0, 0, 0, 0, 1, 0))  # no output wanted: any query
+            qkv, start = timeline.join(kept_BW3Hd, qkv), timeline.state.sums(self.number)
+        sums = causal_aggregate(self.ask_HKd * d**-0.5, qkv, timeline.times_s_E, self.rate(), timeline.chunks, start)
+        return Read(qkv, sums, sums.mean().transpose(1, 2).flatten(2))
 
 
 class CausalLayer(nn.Module):
@@ -104,13 +103,10 @@ class CausalLayer(nn.Module):
         experts_RKD = experts_RKD + self.dropout(self.mix(read.mean_RKD))
         experts_RKD = experts_RKD + self.expert_ffn(experts_RKD)
         key_value = self.expert_key_value(self.norm_experts(experts_RKD)).view(R, K, 2, self.heads, D // self.heads)
-        key_RHKd, value_RHKd = key_value.permute(2, 0, 3, 1, 4).unbind(0)
         if self.reads is Reads.events:
-            key_RHKd, value_RHKd = key_RHKd[:, :, :0], value_RHKd[:, :, :0]
+            key_value = key_value[:, :0]
         bias_HW = torch.full_like(self.bias_HW, -torch.inf) if self.reads is Reads.experts else self.bias_HW
-        mix_EHd = causal_dispatch(
-            read.query_EHd, key_RHKd, value_RHKd, read.key_EHd, read.value_EHd, bias_HW, timeline.chunks
-        )
+        mix_EHd = causal_dispatch(read.qkv_E3Hd, key_value, bias_HW, timeline.chunks)
         tokens_TD = tokens_TD + self.dropout(self.out(timeline.new(mix_EHd).flatten(1)))
         return tokens_TD + self.token_ffn(tokens_TD), experts_RKD
 

@@ -119,7 +119,7 @@ class StateMaker(nn.Module):
             count_B=count_B,
             newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
             times_s_E=timeline.times_s_E,
-            layers=[(read.sums.rows(folded_B), read.key_EHd, read.value_EHd) for read in depth.reads],
+            layers=[(read.sums.rows(folded_B), read.qkv_E3Hd) for read in depth.reads],
             place_BW=place_BW,
             empty_BW=empty_BW,
         )

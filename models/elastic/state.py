@@ -78,9 +78,9 @@ class UserState:
     def sums(self, layer: int) -> Partial:
         return Partial(self.max_BLHK[:, layer], self.norm_BLHK[:, layer], self.sum_BLHKd[:, layer], self.clock_s_B)
 
-    def kept(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (B, W, H, d)."""
-        return self.kept_BLW2Hd[:, layer].unbind(2)
+    def kept(self, layer: int) -> torch.Tensor:
+        """Keys and values (B, W, 2, H, d)."""
+        return self.kept_BLW2Hd[:, layer]
 
     def rows(self, index: torch.Tensor) -> UserState:
         """The states of some users, in any order."""
@@ -101,12 +101,12 @@ class UserState:
         )
 
     def next(self, *, count_B, newest_BD, times_s_E, layers, place_BW, empty_BW) -> UserState:
-        """layers: per layer its sums (B rows), keys and values (E, H, d). place_BW: where on axis E the kept stand."""
-        key_value = [torch.stack([key_EHd, value_EHd], dim=1).to(self.dtype) for _, key_EHd, value_EHd in layers]
+        """layers: per layer its sums (B rows), query, key, value (E, 3, H, d). place_BW: where on E the kept stand."""
         place_X, empty_BLW1 = place_BW.flatten(), empty_BW[:, None, :, None, None, None]
         B, W = place_BW.shape
         if times_s_E.numel():
-            kept = torch.stack([kv.index_select(0, place_X).view(B, W, *kv.shape[1:]) for kv in key_value], dim=1)
+            rows = [qkv_E3Hd.index_select(0, place_X)[:, 1:].to(self.dtype) for _, qkv_E3Hd in layers]
+            kept = torch.stack([row_X2Hd.view(B, W, *row_X2Hd.shape[1:]) for row_X2Hd in rows], dim=1)
             kept, times_s_BW = kept.masked_fill(empty_BLW1, 0.0), times_s_E[place_BW].masked_fill(empty_BW, 0)
         else:
             kept, times_s_BW = self.kept_BLW2Hd, self.times_s_BW
