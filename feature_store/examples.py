@@ -115,7 +115,7 @@ def assemble(
     window: tuple[int, int] = (0, 1),
 ) -> PrefixBatch:
     """The batch of prefixes [starts, ends) of the histories' T axis, without the events that no prefix covers."""
-    keep_T, starts, ends = _compact(starts, ends, len(histories.times_s))
+    keep_T, starts, ends = compact(starts, ends, len(histories.times_s))
     ids, log_q = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     if candidates is not None:
         ids, log_q = candidates(targets, weights)
@@ -193,7 +193,7 @@ def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, cuts: int, seed: 
     return targets_BJ.ravel()
 
 
-def _compact(starts: np.ndarray, ends: np.ndarray, num_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def compact(starts: np.ndarray, ends: np.ndarray, num_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drops events that no prefix covers: (keep_T bool, starts, ends on the shortened axis)."""
     depth = np.zeros(num_events + 1, np.int64)
     np.add.at(depth, starts, 1)

@@ -1,0 +1,102 @@
+"""What an impression log looks like, and how its times are split."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from elastic_rec.feature_store.ingest import TimeUnit
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.splits import parse_time_s
+
+STAGES = ("train", "valid", "test")
+# Columns of the table itself, and keys that batches add.
+RESERVED_NAMES = frozenset({"user_id", "timestamp", "candidates", "item", "bucket", "gap", "candidate", "seq"})
+
+
+@dataclass
+class ImpressionConfig:
+    """An impression: a user, a time, candidate items, labels for each candidate, and the context they were shown in."""
+
+    input: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Parquet files, globs or folders of impressions, in order; empty: the store gets none."},
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Input column with the user, as in the events."})
+    timestamp_column: str = field(default="timestamp", metadata={"help": "Input column with the impression's time."})
+    timestamp_unit: TimeUnit = field(
+        default=TimeUnit.s, metadata={"help": "Unit of timestamp_column: s, ms, us or ns; the store's may be another."}
+    )
+    candidates_column: str = field(
+        default="item_id", metadata={"help": "Input column with the candidates: a list of items, or one item."}
+    )
+    label_columns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Input columns with labels: lists as long as the candidates', or one number; null: no label."
+        },
+    )
+    context_columns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Categorical columns of the impression or its user: one value (null: unknown) or a list."},
+    )
+    item_input: str | None = field(
+        default=None, metadata={"help": "Parquet file with attributes, one row per item; none: items have none."}
+    )
+    item_column: str = field(default="item_id", metadata={"help": "Column of item_input with the item."})
+    item_context_columns: list[str] = field(
+        default_factory=list, metadata={"help": "Categorical columns of item_input: one value or a list (genres)."}
+    )
+    row_group_candidates: int = field(
+        default=131072, metadata={"help": "Candidates in a Parquet row group of the impressions."}
+    )
+
+    def __post_init__(self) -> None:
+        self.timestamp_unit = TimeUnit(self.timestamp_unit)
+        if self.input and not self.label_columns:
+            raise ValueError("impressions.label_columns is empty: name the columns that say what came of an impression")
+        names = [*self.label_columns, *self.context_columns, *self.item_context_columns]
+        for name in names:
+            if name.lower() in RESERVED_NAMES or not name.replace("_", "a").isalnum():
+                raise ValueError(f"impressions: '{name}' is reserved or not made of letters, digits and _; rename it")
+        if len({name.lower() for name in names}) < len(names):
+            raise ValueError(f"impressions: a name is given twice in {names}")
+        if bool(self.item_input) != bool(self.item_context_columns):
+            raise ValueError("impressions: item_input and item_context_columns go together; set both or neither")
+        if self.row_group_candidates < 1:
+            raise ValueError(f"impressions.row_group_candidates={self.row_group_candidates}: must be at least 1")
+
+
+class TimeRange(NamedTuple):
+    """Times low <= t < high, in the store's unit; None: open."""
+
+    low: int | None
+    high: int | None
+
+
+@dataclass
+class ImpressionSplit:
+    """Train before valid_time, validate up to test_time, test from there on: one moment for all users."""
+
+    valid_time: str = field(
+        default="80%",
+        metadata={"help": "First moment of validation: ISO date (UTC), epoch seconds, or N% of the impressions."},
+    )
+    test_time: str = field(default="90%", metadata={"help": "First moment of the test period, as valid_time."})
+
+    def range(self, stage: str, *, percentiles: list[int], time_unit: str) -> TimeRange:
+        """percentiles: times of the impressions at 0, 1, ..., 100 %. Raises ValueError for times that make no split."""
+        valid = _moment(self.valid_time, percentiles, time_unit)
+        test = _moment(self.test_time, percentiles, time_unit)
+        if not valid < test:
+            raise ValueError(f"valid_time={self.valid_time} must be before test_time={self.test_time}")
+        return {"train": TimeRange(None, valid), "valid": TimeRange(valid, test), "test": TimeRange(test, None)}[stage]
+
+
+def _moment(text: str, percentiles: list[int], time_unit: str) -> int:
+    if share := re.fullmatch(r"(\d+)%", str(text)):
+        if not 0 < int(share[1]) < 100:
+            raise ValueError(f"time '{text}': give more than 0% and less than 100%")
+        return percentiles[int(share[1])]
+    return parse_time_s(text) * UNITS_PER_SECOND[time_unit]

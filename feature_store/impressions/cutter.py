@@ -1,0 +1,114 @@
+"""The stored form of impressions, and where their row groups end.
+
+user_id | timestamp | candidates: list<struct<item, label ...>> | context: list<int64> ...
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from elastic_rec.feature_store.cutter import BUCKET, run_starts
+from elastic_rec.feature_store.jagged import offsets_of
+from elastic_rec.feature_store.schema import ARROW_TYPES, USER
+from elastic_rec.feature_store.store import Store, open_data_file
+
+
+def impression_schema(user_type: str, labels: list[str], context: list[str]) -> pa.Schema:
+    leaves = [pa.field("item", pa.int64(), nullable=False), *(pa.field(name, pa.float32()) for name in labels)]
+    candidates = pa.list_(pa.field("element", pa.struct(leaves), nullable=False))
+    bag = pa.list_(pa.field("element", pa.int64(), nullable=False))
+    return pa.schema(
+        [
+            pa.field(USER, ARROW_TYPES[user_type], nullable=False),
+            pa.field("timestamp", pa.int64(), nullable=False),
+            pa.field("candidates", candidates, nullable=False),
+            *(pa.field(name, bag, nullable=False) for name in context),
+        ]
+    )
+
+
+def flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """A list column -> (lengths, flat values); a null list is an empty one."""
+    lists = column.combine_chunks()
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False), pc.list_flatten(lists)
+
+
+def list_array(lengths: np.ndarray, values: pa.Array, type: pa.ListType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), values, type=type)
+
+
+class IdSequence:
+    """Arrow ids as bisect wants them: it looks at a few, and nobody makes a Python list of all."""
+
+    def __init__(self, ids: pa.Array) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> int | str:
+        return self.ids[index].as_py()
+
+
+def first_users(store: Store) -> dict[int, list]:
+    """Bucket -> the first user id of each row group of its histories, from the files' footers."""
+    firsts = {}
+    for file in store.files:
+        metadata = open_data_file(file.path).metadata
+        column = metadata.schema.names.index(USER)
+        groups = (metadata.row_group(g).column(column) for g in range(metadata.num_row_groups))
+        firsts[bucket_of_path(file.path.parent.name)] = [group.statistics.min for group in groups]
+    return firsts
+
+
+def bucket_of_path(folder: str) -> int:
+    return int(folder.removeprefix("bucket="))
+
+
+def group_edges(users: pa.Array, firsts: list) -> list[int]:
+    """Ascending user ids, and first ids of history row groups -> edges[g] : edges[g+1] are the rows of group g. Users
+    without a history lie between those who have one; the first group takes all before it."""
+    sequence = IdSequence(users)
+    return [0, *(bisect_left(sequence, first) for first in firsts[1:]), len(users)]
+
+
+def cut_impressions(
+    batches: Iterable[pa.RecordBatch], firsts: dict[int, list], *, cap: int
+) -> Iterator[tuple[int, pa.Table]]:
+    """(bucket, rows of one row group): cut where bucket or history row group change, and at `cap` candidates. Where the
+    groups end depends on the data only, not on how the stream was cut into batches."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        table = pa.Table.from_batches([*pending, batch]).combine_chunks()
+        done = yield from _cut(table, firsts, cap, is_last=False)
+        pending = table.slice(done).to_batches()
+    if pending:
+        yield from _cut(pa.Table.from_batches(pending).combine_chunks(), firsts, cap, is_last=True)
+
+
+def _cut(table: pa.Table, firsts: dict[int, list], cap: int, *, is_last: bool):
+    """Yields every row group that is sure to be complete; returns the number of rows used up."""
+    buckets, users = table[BUCKET].chunk(0), table[USER].chunk(0)
+    bucket_edges = [*run_starts(buckets).tolist(), len(table)]
+    edges = {len(table)}
+    for begin, end in pairwise(bucket_edges):
+        known = firsts.get(buckets[begin].as_py(), [None])
+        edges |= {begin + edge for edge in group_edges(users.slice(begin, end - begin), known)}
+    segments = np.array(sorted(edges))
+    candidates = offsets_of(flat_list(table["candidates"])[0])
+    begin = 0
+    while begin < len(table):
+        segment_end = int(segments[np.searchsorted(segments, begin, side="right")])
+        fits = int(np.searchsorted(candidates, candidates[begin] + cap, side="right")) - 1
+        end = min(segment_end, max(begin + 1, fits))
+        if end == len(table) and not is_last:
+            break
+        yield buckets[begin].as_py(), table.slice(begin, end - begin)
+        begin = end
+    return begin

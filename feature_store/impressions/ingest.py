@@ -1,0 +1,185 @@
+"""Impression log -> STORE/impressions, all or nothing, in the buckets and with the item ids of the histories.
+
+    STORE/impressions/bucket=0000/part-<digest>.parquet   one row per impression, sorted by (user, time, input order)
+    STORE/impressions/vocab/<context column>-<digest>.parquet
+    STORE/impressions/items/items-<digest>.parquet        attributes, row i is item index i
+    STORE/impressions/manifest.json                       written last; replacing it replaces the table
+
+Row groups end where those of the histories do (as far as the history's users go), so whoever reads one row group of
+histories decodes the impressions of its users and no others.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from elastic_rec.feature_store.contents import input_digest
+from elastic_rec.feature_store.cutter import BUCKET
+from elastic_rec.feature_store.generations import writing
+from elastic_rec.feature_store.impressions import cutter
+from elastic_rec.feature_store.impressions.config import ImpressionConfig
+from elastic_rec.feature_store.impressions.engine import ImpressionEngine
+from elastic_rec.feature_store.impressions.items import item_attributes
+from elastic_rec.feature_store.impressions.manifest import FOLDER, ids_digest, write_manifest
+from elastic_rec.feature_store.manifest import describe_file, sync_folder
+from elastic_rec.feature_store.sources import find_inputs
+from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
+
+SCRATCH = ".impressions"
+
+
+def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str = "1GB", threads: int = 0) -> dict:
+    """Writes the impressions of the store at `out`, in the place of those it may have. Returns figures; DataError for
+    bad input leaves everything as it was."""
+    began = time.perf_counter()
+    paths, _ = find_inputs(config.input, format="parquet")
+    with writing(out) as root:
+        store, work = Store.open(root), root / SCRATCH
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            content = _build(config, paths, store, work, memory_limit, threads)
+            _publish(content, work, root / FOLDER)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    seconds = time.perf_counter() - began
+    num_unknown = content["num_unknown_candidates"]
+    return {
+        "impressions": content["num_impressions"],
+        "candidates": content["num_candidates"],
+        "unknown_candidates": num_unknown,
+        "labels": content["labels"],
+        "context": [*content["context"], *content["item_context"]],
+        "bytes": sum(entry["bytes"] for entry in _entries(content)),
+        "seconds": round(seconds, 3),
+        "impressions_per_s": round(content["num_impressions"] / seconds),
+    }
+
+
+def _build(
+    config: ImpressionConfig, paths: list[Path], store: Store, work: Path, memory_limit: str, threads: int
+) -> dict:
+    items = store.vocabulary("item")
+    (work / "duckdb").mkdir()
+    (work / "vocab").mkdir()
+    with ImpressionEngine(config, store, work=work / "duckdb", memory_limit=memory_limit, threads=threads) as engine:
+        loaded = [(path, engine.load(path)) for path in paths]
+        vocabularies = {name: engine.vocabulary(name) for name in config.context_columns}
+        encode = Encoder(config, items, vocabularies, user_type=store.manifest["vocabularies"]["user"]["type"])
+        files = _write(config, engine.sorted_batches(), encode, store, work)
+        percentiles = engine.percentiles()
+    attributes, attribute_vocabularies = item_attributes(config, items)
+    if config.item_input:
+        (work / "items").mkdir()
+        pq.write_table(attributes, work / "items" / "items.parquet", compression="zstd")
+    entries = {}
+    for name, vocabulary in (vocabularies | attribute_vocabularies).items():
+        path = work / "vocab" / f"{name}.parquet"
+        vocabulary.write(path)
+        entries[name] = {"size": vocabulary.size, **describe_file(work, path)}
+    return {
+        "store": store.manifest["hash"],
+        "num_buckets": store.manifest["num_buckets"],
+        "time_unit": store.time_unit,
+        "time_percentiles": percentiles,
+        "item_ids": {"size": items.size, "sha256": ids_digest(items, items.size)},
+        "num_impressions": sum(count for _, count in loaded),
+        "num_candidates": sum(entry["num_candidates"] for entry in files),
+        "num_unknown_candidates": encode.num_unknown,
+        "labels": config.label_columns,
+        "context": config.context_columns,
+        "item_context": config.item_context_columns,
+        "files": files,
+        "vocabularies": entries,
+        "items": describe_file(work, work / "items" / "items.parquet") if config.item_input else None,
+        "source": [{"path": path.name, "sha256": input_digest(path), "impressions": n} for path, n in loaded],
+    }
+
+
+class Encoder:
+    """Sorted rows with raw ids -> the table as it is stored; counts candidates that no event of the store names."""
+
+    def __init__(
+        self, config: ImpressionConfig, items: Vocabulary, context: dict[str, Vocabulary], *, user_type: str
+    ) -> None:
+        self.labels, self.items, self.context = config.label_columns, items, context
+        self.schema = cutter.impression_schema(user_type, self.labels, list(context))
+        self.num_unknown = 0
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        lengths, raw = cutter.flat_list(rows["candidates"])
+        ids = self.items.encode(raw)
+        self.num_unknown += int(np.count_nonzero(ids == UNKNOWN))
+        type = self.schema.field("candidates").type
+        leaves = [pa.array(ids), *(cutter.flat_list(rows[name])[1].cast(pa.float32()) for name in self.labels)]
+        structs = pa.StructArray.from_arrays(leaves, fields=list(type.value_type))
+        columns = [
+            rows["user_id"].combine_chunks().cast(self.schema.field("user_id").type),
+            rows["timestamp"].combine_chunks(),
+            cutter.list_array(lengths, structs, type),
+        ]
+        for name, vocabulary in self.context.items():
+            lengths, raw = cutter.flat_list(rows[name])
+            columns.append(cutter.list_array(lengths, pa.array(vocabulary.encode(raw)), self.schema.field(name).type))
+        return pa.table(columns, schema=self.schema)
+
+
+def _write(
+    config: ImpressionConfig, batches: pa.RecordBatchReader, encode: Encoder, store: Store, work: Path
+) -> list[dict]:
+    """Data files of all buckets; returns their manifest entries."""
+    entries: list[dict] = []
+    writer = None
+    parts = cutter.cut_impressions(batches, cutter.first_users(store), cap=config.row_group_candidates)
+    try:
+        for bucket, rows in parts:
+            if not entries or entries[-1]["bucket"] != bucket:
+                if writer is not None:
+                    writer.close()
+                path = work / f"bucket={bucket:04d}" / "part.parquet"
+                path.parent.mkdir()
+                writer = pq.ParquetWriter(path, encode.schema, compression="zstd", write_page_checksum=True)
+                entries.append({"bucket": bucket, "path": path, "row_groups": []})
+            table = encode(rows.drop_columns([BUCKET]))
+            writer.write_table(table, row_group_size=len(table))
+            entries[-1]["row_groups"].append([len(table), len(table["candidates"].chunk(0).values)])
+    finally:
+        if writer is not None:
+            writer.close()
+    return [_describe(work, entry) for entry in entries]
+
+
+def _describe(work: Path, entry: dict) -> dict:
+    counts = np.array(entry["row_groups"]).sum(axis=0).tolist()
+    return {**entry, **describe_file(work, entry["path"]), "num_impressions": counts[0], "num_candidates": counts[1]}
+
+
+def _entries(content: dict) -> Iterator[dict]:
+    yield from content["files"]
+    yield from content["vocabularies"].values()
+    if content["items"]:
+        yield content["items"]
+
+
+def _publish(content: dict, work: Path, folder: Path) -> None:
+    """Moves finished files into `folder` under names made of their digests; the manifest makes them the table."""
+    for entry in _entries(content):
+        source = work / entry["path"]
+        target = folder / source.parent.name / f"{source.stem}-{entry['sha256'][:16]}.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        sync_folder(target.parent)
+        entry["path"] = target.relative_to(folder).as_posix()
+    sync_folder(folder)
+    write_manifest(folder, content)
+    named = {folder / entry["path"] for entry in _entries(content)}
+    for path in set(folder.glob("*/*.parquet")) - named:
+        path.unlink()

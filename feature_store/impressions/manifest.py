@@ -1,0 +1,65 @@
+"""STORE/impressions/manifest.json: the table's files and vocabularies, and which item ids it was written with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.manifest import MANIFEST, content_hash, replace_file
+from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.vocabulary import FIRST, Vocabulary
+
+FOLDER = "impressions"
+FORMAT = "elastic-rec-impressions"
+VERSION = 1
+_BLOCK = 1 << 20
+
+
+def write_manifest(folder: Path, content: dict) -> None:
+    manifest = {"format": FORMAT, "version": VERSION, **content}
+    manifest["hash"] = content_hash(manifest)
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+
+
+def read_manifest(store: Store) -> dict:
+    """Reads and checks the manifest of a store's impressions, the files it names, and that it fits the store."""
+    path = store.path / FOLDER / MANIFEST
+    remedy = "ingest the impressions again (mode=impressions)"
+    if not path.is_file():
+        raise DataError(f"{store.path}: has no impressions; {remedy}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); {remedy}") from error
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise DataError(f"{path}: not a manifest of impressions, version {VERSION}; {remedy}")
+    if manifest["hash"] != content_hash(manifest):
+        raise DataError(f"{path}: its hash does not match its content; {remedy}")
+    entries = [*manifest["files"], *manifest["vocabularies"].values(), *filter(None, [manifest["items"]])]
+    for entry in entries:
+        file = path.parent / entry["path"]
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise DataError(f"{file}: missing or not of {entry['bytes']} bytes, as its manifest says; {remedy}")
+    _check_fits(manifest, store, remedy)
+    return manifest
+
+
+def _check_fits(manifest: dict, store: Store, remedy: str) -> None:
+    """Appends keep buckets and item indices, so a table outlives them; a store made anew is another store."""
+    if manifest["store"] == store.manifest["hash"]:
+        return
+    items, written = store.vocabulary("item"), manifest["item_ids"]
+    same = items.size >= written["size"] and ids_digest(items, written["size"]) == written["sha256"]
+    if not same or manifest["num_buckets"] != store.manifest["num_buckets"]:
+        raise DataError(f"{store.path}: its impressions were written with other item ids or buckets; {remedy}")
+
+
+def ids_digest(vocabulary: Vocabulary, size: int) -> str:
+    """Digest of the ids of indices below `size`."""
+    digest = hashlib.sha256()
+    for begin in range(0, size - FIRST, _BLOCK):
+        ids = vocabulary.ids.slice(begin, min(_BLOCK, size - FIRST - begin))
+        digest.update(json.dumps(ids.to_pylist()).encode())
+    return digest.hexdigest()
