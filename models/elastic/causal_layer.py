@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.elastic.config import Reads, Time, TowerConfig
 from elastic_rec.models.elastic.layer import FeedForward
 from elastic_rec.models.elastic.timeline import Timeline
@@ -94,7 +95,7 @@ class CausalLayer(nn.Module):
         self.bias_HW = nn.Parameter(torch.zeros(config.heads, 2 * config.chunk))
         self.out = nn.Linear(width, width, bias=False)
         self.token_ffn = FeedForward(width, multiple, config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, tokens_TD: torch.Tensor, experts_RKD: torch.Tensor, read: Read, timeline: Timeline

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.elastic.config import TowerConfig
 from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import lda_aggregate, lda_dispatch
@@ -28,7 +29,7 @@ class FeedForward(nn.Sequential):
             nn.Linear(width, multiple * width),
             nn.GELU(),
             nn.Linear(multiple * width, width),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
 
@@ -88,7 +89,7 @@ class LDALayer(nn.Module):
         self.norm_tokens = nn.LayerNorm(width)
         self.norm_experts = nn.LayerNorm(width)
         self.aggregate = Aggregate(width, config.heads)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.expert_ffn = FeedForward(width, multiple, config.dropout)
         self.last = last
         if not last:

@@ -26,6 +26,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor
 
+from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.tower import TowerOutput, build_tower
@@ -48,7 +49,7 @@ class EventEncoder(nn.Module):
         super().__init__()
         self.names = names
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, embedded: dict[str, JaggedTensor]) -> torch.Tensor:
         events_TD = embedded[self.names[0]].values()
@@ -94,7 +95,7 @@ class QueryTime(nn.Module):
         self.up = nn.Linear(config.width, hidden)
         self.by_gap = nn.Parameter(torch.zeros(NUM_AGE_BUCKETS + 1, 2 * hidden))
         self.down = nn.Linear(hidden, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, asked_RD: torch.Tensor, gap_s_R: torch.Tensor) -> torch.Tensor:
         bucket_R = age_bucket(gap_s_R).masked_fill(gap_s_R < 0, NUM_AGE_BUCKETS)
