@@ -7,10 +7,12 @@ from enum import StrEnum
 
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, MODES
+from elastic_rec.pipeline.benchmarks.far_back_set import FarBackConfig
 
 
 class Suite(StrEnum):
     efficiency = "efficiency"
+    far_back = "far_back"
 
 
 @dataclass
@@ -83,6 +85,7 @@ class BenchmarkConfig:
     )
     memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "the tower's interest memory"})
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig, metadata={"help": "suite=efficiency"})
+    far_back: FarBackConfig = field(default_factory=FarBackConfig, metadata={"help": "suite=far_back"})
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
