@@ -7,18 +7,18 @@ stays whole, and running the append again finishes it.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from elastic_rec.feature_store import schema
-from elastic_rec.feature_store.contents import describe_written, input_digest, load_inputs, write_vocabularies
+from elastic_rec.feature_store.contents import describe_written, load_inputs, write_vocabularies
 from elastic_rec.feature_store.cutter import write_histories
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.generations import SCRATCH, next_generation, publish, writing
+from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.generations import next_generation, publish, scratch_folder, writing
 from elastic_rec.feature_store.ingest import IngestConfig, TimeUnit
-from elastic_rec.feature_store.manifest import check_digest, sync_folder
+from elastic_rec.feature_store.manifest import check_digest, put_in_place
 from elastic_rec.feature_store.merge import MergeEngine
 from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.store import Store
@@ -37,12 +37,8 @@ def append(config: IngestConfig) -> dict:
         paths, format = find_inputs(config.input, format=config.format.value)
         if not config.force and config.event_id_column is None:
             _refuse_known(paths, base)
-        work = root / SCRATCH
-        work.mkdir()
-        try:
+        with scratch_folder(root) as work:
             figures = _fold(config, base, paths, format, work)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     seconds = time.perf_counter() - began
     rate = round(figures["read_events"] / seconds)
     return {"store": str(config.out), **figures, "seconds": round(seconds, 3), "events_per_s": rate}
@@ -81,11 +77,11 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
     return replace(config, **settled)
 
 
-def _refuse_known(paths: list[Path], base: Store) -> None:
+def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
     known = {entry["sha256"]: f"{entry['path']}, generation {entry['generation']}" for entry in _inputs(base)}
     for path in paths:
-        digest = input_digest(path)
+        digest = path.digest()
         if digest in known:
             raise DataError(
                 f"{path}: the same bytes were taken before ({known[digest]}); nothing was appended. To append such "
@@ -98,7 +94,7 @@ def _inputs(base: Store) -> list[dict]:
     return base.manifest["source"]["files"]
 
 
-def _fold(config: IngestConfig, base: Store, paths: list[Path], format: str, work: Path) -> dict:
+def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str, work: Path) -> dict:
     root, roles = base.path, config.roles()
     old_files = {_bucket(entry): entry for entry in base.manifest["files"]}
     (work / "duckdb").mkdir()
@@ -109,20 +105,21 @@ def _fold(config: IngestConfig, base: Store, paths: list[Path], format: str, wor
         memory_limit=config.memory_limit,
         threads=config.threads,
     ) as engine:
-        inputs = load_inputs(engine, paths, format=format, roles=roles)
+        inputs = load_inputs(engine, paths, format=format, roles=roles, work=work)
         read_events = sum(entry["events"] for entry in inputs)
         engine.adopt_types()
         old = _pick(old_files, engine.touched_buckets())
+        copies = {entry["path"]: (root / entry["path"]).fetch(work / "old" / str(_bucket(entry))) for entry in old}
         for entry in old:  # a bit flipped on disk must not be copied under a fresh digest
-            check_digest(root, entry)
-        duplicates = engine.drop_duplicates() + engine.drop_known([root / entry["path"] for entry in old])
+            check_digest(root, entry, copy=copies[entry["path"]])
+        duplicates = engine.drop_duplicates() + engine.drop_known(list(copies.values()))
         if duplicates == read_events:
             return _nothing_new(base, read_events)
         old = _pick(old_files, engine.touched_buckets())
         counts = engine.fold()
         vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
         written = write_histories(
-            engine.merged_batches([root / entry["path"] for entry in old]),
+            engine.merged_batches([copies[entry["path"]] for entry in old]),
             root=work,
             schema=schema.history_schema(
                 user_type=engine.id_type("user"),
@@ -139,8 +136,8 @@ def _fold(config: IngestConfig, base: Store, paths: list[Path], format: str, wor
             "program: please report it with the input"
         )
     number = next_generation(root)
-    data = _put_in_place(data, work, root)
-    vocabularies = dict(zip(vocabularies, _put_in_place(list(vocabularies.values()), work, root), strict=True))
+    data = put_in_place(data, work, root)
+    vocabularies = dict(zip(vocabularies, put_in_place(list(vocabularies.values()), work, root), strict=True))
     by_bucket = old_files | {_bucket(entry): entry for entry in data}
     files = [by_bucket[bucket] for bucket in sorted(by_bucket)]
     filters = base.manifest["filters"]
@@ -201,18 +198,3 @@ def _pick(files: dict[int, dict], buckets: set[int]) -> list[dict]:
 
 def _bucket(entry: dict) -> int:
     return int(Path(entry["path"]).parent.name.removeprefix("bucket="))
-
-
-def _put_in_place(entries: list[dict], work: Path, root: Path) -> list[dict]:
-    """Moves finished files into the store under names made of their digests, so that none replaces another's bytes."""
-    moved = []
-    for entry in entries:
-        folder, name = Path(entry["path"]).parts
-        stem = "part" if folder != "vocab" else Path(name).stem
-        path = root / folder / f"{stem}-{entry['sha256'][:16]}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        (work / entry["path"]).rename(path)
-        moved.append({**entry, "path": path.relative_to(root).as_posix()})
-    for folder in {(root / entry["path"]).parent for entry in moved} | {root}:
-        sync_folder(folder)
-    return moved

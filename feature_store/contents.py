@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,25 +9,28 @@ import pyarrow as pa
 from elastic_rec.feature_store import manifest, schema
 from elastic_rec.feature_store.cutter import WrittenFile
 from elastic_rec.feature_store.engine import DuckEngine
+from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.sources import open_source
 
 
-def load_inputs(engine: DuckEngine, paths: list[Path], *, format: str, roles: dict[str, str]) -> list[dict]:
-    """Stages all files in order; one entry {path, format, bytes, sha256, events} each. roles: role -> input column."""
+def load_inputs(
+    engine: DuckEngine, paths: list[Location], *, format: str, roles: dict[str, str], work: Path
+) -> list[dict]:
+    """Stages all files in order; one entry {path, format, bytes, sha256, events} each. roles: role -> input column.
+    Files that are not on the local disk are copied to `work` while they are read."""
     named = ("user", "item", "timestamp", "event_id")
     settings = {role: f"{role}_column" if role in named else "context_columns" for role in roles}
     entries = []
     for path in paths:
-        source = open_source(path, format=format, columns=roles, settings=settings)
-        entry = {"path": str(path), "format": format, "bytes": path.stat().st_size, "sha256": input_digest(path)}
+        local = path.fetch(work / "input")
+        source = open_source(path, local, format=format, columns=roles, settings=settings)
+        entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
+        # What an append knows an input by: its bytes, not its name.
+        entry["sha256"] = open_location(local).digest()
         entries.append(entry | {"events": engine.load(source)})
+        if not path.is_local:
+            local.unlink()
     return entries
-
-
-def input_digest(path: Path) -> str:
-    """What an append knows an input by: its bytes, not its name."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_vocabularies(engine: DuckEngine, columns: list[str], root: Path) -> dict[str, dict]:

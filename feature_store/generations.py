@@ -12,56 +12,76 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location, open_location, sync_folder
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.manifest import (
     MANIFEST,
     filed_generations,
     generation_path,
     read_manifest,
-    replace_file,
-    sync_folder,
     write_manifest,
 )
 from elastic_rec.feature_store.staging import lock_folder
 
 SCRATCH = ".append"
+_OURS = re.compile(r"bucket=\d+/[^/]+\.parquet|vocab/[^/]+\.parquet|manifest[^/]*\.json\.tmp")
 
 
 @contextmanager
-def writing(out: str) -> Iterator[Path]:
-    """The store's folder, locked against other writers (flock: it ends with the process). Readers take no lock."""
+def writing(out: str) -> Iterator[Location]:
+    """The store's folder, locked against other writers (flock: it ends with the process). Readers take no lock.
+    Object stores have no lock: publish() refuses where another writer was faster."""
     if not out:
         raise DataError("out is empty: say which store")
-    root = Path(os.path.abspath(out))
+    root = open_location(out)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; make the store first (mode=create)")
-    lock = lock_folder(root)
-    if lock is None or os.fstat(lock).st_ino != root.stat().st_ino:  # another inode: replaced by an ingest just now
+    if not root.is_local:
+        yield root
+        return
+    folder = Path(os.path.abspath(root))
+    lock = lock_folder(folder)
+    if lock is None or os.fstat(lock).st_ino != folder.stat().st_ino:  # another inode: replaced by an ingest just now
         raise DataError(
-            f"{root}: another append, compaction or rollback is at work there; run again when it has finished"
+            f"{folder}: another append, compaction or rollback is at work there; run again when it has finished"
         )
     try:
-        shutil.rmtree(root / SCRATCH, ignore_errors=True)  # of a killed append: nobody else holds the lock
-        yield root
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a killed append: nobody else holds the lock
+        yield open_location(folder)
     finally:
         os.close(lock)
 
 
-def next_generation(root: Path) -> int:
+@contextmanager
+def scratch_folder(root: Location) -> Iterator[Path]:
+    """Local space for what an append builds: inside a local store, so that a rename puts it in place."""
+    folder = Path(root) / SCRATCH if root.is_local else Path(tempfile.mkdtemp(prefix="elastic-rec-"))
+    folder.mkdir(exist_ok=not root.is_local)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def next_generation(root: Location) -> int:
     return max(filed_generations(root), default=0) + 1
 
 
-def publish(root: Path, number: int, content: dict) -> dict:
+def publish(root: Location, number: int, content: dict) -> dict:
     """Files `content`, whose data files are in place, as generation `number` and makes it the current one."""
+    if read_manifest(root)["hash"] != content["parent"]:
+        raise DataError(f"{root}: another writer changed the store meanwhile; nothing was appended, run again")
     if not filed_generations(root):  # a store that was never appended to has manifest.json alone
-        replace_file(generation_path(root, 0), (root / MANIFEST).read_bytes())
+        generation_path(root, 0).replace((root / MANIFEST).read_bytes())
     manifest = write_manifest(generation_path(root, number), {**content, "generation": number})
     _make_current(root, number)
     return manifest
@@ -88,17 +108,16 @@ def compact(config: IngestConfig) -> dict:
     with writing(config.out) as root:
         current = read_manifest(root).get("generation", 0)
         latest = time.time() - config.grace_hours * 3600
-        old = [
-            g for g in filed_generations(root) if g != current and generation_path(root, g).stat().st_mtime <= latest
-        ]
+        old = [g for g in filed_generations(root) if g != current and generation_path(root, g).modified() <= latest]
         for number in old:  # manifests first: at no moment does one name a file that is gone
-            generation_path(root, number).unlink()
-        sync_folder(root)
+            generation_path(root, number).delete()
+        if root.is_local:
+            sync_folder(Path(root))
         named = _named_files(root)
-        deleted = [path for path in _data_files(root) if path.relative_to(root).as_posix() not in named]
-        freed = sum(path.stat().st_size for path in deleted)
+        deleted = [path for path in _data_files(root) if path.below(root) not in named]
+        freed = sum(root.sizes([path.below(root) for path in deleted]))
         for path in deleted:
-            path.unlink()
+            path.delete()
         return {
             "store": str(config.out),
             "generation": current,
@@ -110,14 +129,14 @@ def compact(config: IngestConfig) -> dict:
         }
 
 
-def _make_current(root: Path, number: int) -> None:
+def _make_current(root: Location, number: int) -> None:
     before = _current(root)
-    if before is not None and generation_path(root, before).exists():
-        os.utime(generation_path(root, before))
-    replace_file(root / MANIFEST, generation_path(root, number).read_bytes())
+    if before is not None and (left := generation_path(root, before)).is_file():
+        left.replace(left.read_bytes())  # its time is now
+    (root / MANIFEST).replace(generation_path(root, number).read_bytes())
 
 
-def _current(root: Path) -> int | None:
+def _current(root: Location) -> int | None:
     """What manifest.json says, None where it cannot be read: a rollback is the way out of that."""
     try:
         return json.loads((root / MANIFEST).read_bytes()).get("generation", 0)
@@ -125,10 +144,10 @@ def _current(root: Path) -> int | None:
         return None
 
 
-def _named_files(root: Path) -> set[str]:
+def _named_files(root: Location) -> set[str]:
     manifests = [read_manifest(root), *(read_manifest(root, number) for number in filed_generations(root))]
     return {entry["path"] for m in manifests for entry in [*m["files"], *m["vocabularies"].values()]}
 
 
-def _data_files(root: Path) -> list[Path]:
-    return sorted([*root.glob("bucket=*/*.parquet"), *root.glob("vocab/*.parquet"), *root.glob("manifest*.json.tmp")])
+def _data_files(root: Location) -> list[Location]:
+    return [file for file in root.files() if _OURS.fullmatch(file.below(root))]

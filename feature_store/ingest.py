@@ -12,15 +12,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
-from elastic_rec.feature_store import manifest, schema
+from elastic_rec.feature_store import schema
 from elastic_rec.feature_store.contents import describe_schema, describe_written, load_inputs, write_vocabularies
 from elastic_rec.feature_store.cutter import write_histories
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.sources import find_inputs
-from elastic_rec.feature_store.staging import Staging
+from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging, stage
 
 BUCKET_HASH = "int64: ((id % N) + N) % N; string: int(md5(utf8).hexdigest()[:15], 16) % N"
 
@@ -160,9 +160,9 @@ def ingest(config: IngestConfig) -> dict:
     if not config.out:
         raise DataError("out is empty: say where to write the store")
     paths, format = find_inputs(config.input, format=config.format.value)
-    with Staging(Path(config.out), overwrite=config.overwrite) as staging:
-        figures = _build(config, paths, format, staging)
-        staging.commit()
+    with stage(config.out, overwrite=config.overwrite) as staging:
+        content, figures = _build(config, paths, format, staging)
+        staging.commit(content)
     seconds = time.perf_counter() - began
     return {
         "store": str(config.out),
@@ -172,7 +172,10 @@ def ingest(config: IngestConfig) -> dict:
     }
 
 
-def _build(config: IngestConfig, paths: list[Path], format: str, staging: Staging) -> dict:
+def _build(
+    config: IngestConfig, paths: list[Location], format: str, staging: LocalStaging | RemoteStaging
+) -> tuple[dict, dict]:
+    """Data files and vocabularies in staging.root; returns what the manifest says of them, and figures."""
     roles = config.roles()
     with DuckEngine(
         work=staging.work,
@@ -181,7 +184,7 @@ def _build(config: IngestConfig, paths: list[Path], format: str, staging: Stagin
         memory_limit=config.memory_limit,
         threads=config.threads,
     ) as engine:
-        inputs = load_inputs(engine, paths, format=format, roles=roles)
+        inputs = load_inputs(engine, paths, format=format, roles=roles, work=staging.work)
         duplicates = engine.drop_duplicates()
         counts = engine.select(min_user_events=config.min_user_events, min_item_events=config.min_item_events)
         if counts["users"] == 0:
@@ -218,10 +221,8 @@ def _build(config: IngestConfig, paths: list[Path], format: str, staging: Stagin
         "source": {"columns": roles, "files": [{**entry, "generation": 0} for entry in inputs]},
         "filters": {"min_item_events": config.min_item_events, "min_user_events": config.min_user_events} | dropped,
     }
-    staging.drop_work()
-    manifest.write_manifest(staging.root / manifest.MANIFEST, content)
     size = sum(entry["bytes"] for entry in [*content["files"], *vocabularies.values()])
     kept = {key: counts[key] for key in ("users", "items", "events")} | {
         "read_events": counts["read_events"] + duplicates
     }
-    return {**kept, **dropped, "input_files": len(paths), "data_files": len(written), "bytes": size}
+    return content, {**kept, **dropped, "input_files": len(paths), "data_files": len(written), "bytes": size}

@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location, open_location, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = "elastic-rec-history-store"
@@ -32,43 +33,40 @@ def describe_file(root: Path, path: Path) -> dict:
     return {"path": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
 
 
-def write_manifest(path: Path, content: dict) -> dict:
+def put_in_place(entries: list[dict], work: Path, root: Location) -> list[dict]:
+    """Moves finished files into the store under names made of their digests, so that none replaces another's bytes."""
+    moved = []
+    for entry in entries:
+        folder, name = entry["path"].split("/")
+        stem = "part" if folder != "vocab" else Path(name).stem
+        path = f"{folder}/{stem}-{entry['sha256'][:16]}.parquet"
+        (root / path).receive(work / entry["path"])
+        moved.append({**entry, "path": path})
+    if root.is_local:
+        sync_folder(Path(root))
+    return moved
+
+
+def write_manifest(path: Location, content: dict) -> dict:
     """Adds format, version and hash. Returns what was written."""
     content = {key: value for key, value in content.items() if key not in ("format", "version", "hash")}
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["hash"] = content_hash(manifest)
-    replace_file(path, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    path.replace(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     return manifest
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Whoever reads `path`, now or after a crash, finds the old content or the new one whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def generation_path(root: Path, generation: int) -> Path:
+def generation_path(root: Location, generation: int) -> Location:
     return root / f"manifest-{generation:06d}.json"
 
 
-def filed_generations(root: Path) -> list[int]:
+def filed_generations(root: Location) -> list[int]:
     """Generations with a manifest of their own, ascending; generation 0 gets one when the first append leaves it."""
-    names = (re.fullmatch(r"manifest-(\d{6,})\.json", path.name) for path in root.glob("manifest-*.json"))
+    names = (re.fullmatch(r"manifest-(\d{6,})\.json", path.name) for path in root.files(recursive=False))
     return sorted(int(name[1]) for name in names if name)
 
 
-def read_manifest(root: Path, generation: int | None = None) -> dict:
+def read_manifest(root: Location, generation: int | None = None) -> dict:
     """Reads and checks the manifest of a generation (None: the current one, manifest.json) and that every file it
     names is there with the recorded size (DataError)."""
     filed = filed_generations(root)
@@ -85,8 +83,9 @@ def read_manifest(root: Path, generation: int | None = None) -> dict:
         manifest = _load(root, generation_path(root, generation), remedy)
     else:
         raise DataError(f"{root}: no generation {generation}; there are {_listed(filed) or '0 only'}")
-    for entry in [*manifest["files"], *manifest["vocabularies"].values()]:
-        _check_size(root / entry["path"], entry["bytes"])
+    entries = [*manifest["files"], *manifest["vocabularies"].values()]
+    for entry, size in zip(entries, root.sizes([entry["path"] for entry in entries]), strict=True):
+        _check_size(root / entry["path"], size, entry["bytes"])
     return manifest
 
 
@@ -94,12 +93,12 @@ def _listed(generations: list[int]) -> str:
     return ", ".join(map(str, generations))
 
 
-def _load(root: Path, path: Path, remedy: str) -> dict:
+def _load(root: Location, path: Location, remedy: str) -> dict:
     if not path.is_file():
         there = f"it has no {path.name}" if root.is_dir() else "no such folder"
         raise DataError(f"{root}: unfinished or not a history store ({there}); {remedy}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error}); rerun ingest") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -113,12 +112,11 @@ def _load(root: Path, path: Path, remedy: str) -> dict:
     return manifest
 
 
-def check_digest(root: Path, entry: dict) -> None:
-    """Raises DataError where a file's bytes are not those that ingest wrote."""
+def check_digest(root: Location, entry: dict, *, copy: Path | None = None) -> None:
+    """Raises DataError where a file's bytes (or those of a local copy of it) are not those that ingest wrote."""
     path = root / entry["path"]
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-            raise DataError(f"{path}: changed since ingest (sha256 differs from the manifest's); rerun ingest")
+    if (path if copy is None else open_location(copy)).digest() != entry["sha256"]:
+        raise DataError(f"{path}: changed since ingest (sha256 differs from the manifest's); rerun ingest")
 
 
 def content_hash(manifest: dict) -> str:
@@ -126,11 +124,11 @@ def content_hash(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _check_size(path: Path, recorded: int) -> None:
-    if not path.is_file():
+def _check_size(path: Location, size: int | None, recorded: int) -> None:
+    if size is None:
         raise DataError(
             f"{path}: missing, though the manifest names it; restore it or rerun ingest (if a compaction deleted this "
             "generation just now, open the store again)"
         )
-    if (size := path.stat().st_size) != recorded:
+    if size != recorded:
         raise DataError(f"{path}: {size} bytes, the manifest says {recorded}; truncated or changed, rerun ingest")

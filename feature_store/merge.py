@@ -30,6 +30,7 @@ class MergeEngine(DuckEngine):
     def __init__(self, *, base: Store, work: Path, roles: list[str], memory_limit: str, threads: int) -> None:
         super().__init__(work=work, roles=roles, unit=base.time_unit, memory_limit=memory_limit, threads=threads)
         self._base = base
+        self._work = work
         self._num_buckets = base.manifest["num_buckets"]
 
     def adopt_types(self) -> None:
@@ -67,7 +68,8 @@ class MergeEngine(DuckEngine):
         figures = {"appended_events": self._one("SELECT count(*) FROM raw")}
         for role in self._indexed:
             entry = self._base.manifest["vocabularies"][role]
-            old = f"read_parquet({_list([self._base.path / entry['path']])}, hive_partitioning=false)"
+            path = (self._base.path / entry["path"]).fetch(self._work / "vocab")
+            old = f"read_parquet({_list([path])}, hive_partitioning=false)"
             self._run(
                 f'CREATE TABLE counted AS SELECT "{role}" AS raw_id, {self._value(role)} AS id, count(*) AS n '
                 f'FROM raw WHERE "{role}" IS NOT NULL GROUP BY raw_id'

@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import os
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import WILDCARD, Location, find_files, open_location
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 
 SUFFIXES = {
@@ -30,36 +33,31 @@ DELIMITERS = {"csv": ",", "tsv": "\\t"}
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. scan: SQL table function. raw: column -> SQL of the value as it stands in the file.
-    kinds: column -> "int64" | "text" | "float" | "time" (the last two in Parquet only)."""
+    """One input file. path: as messages name it. scan: SQL table function. raw: column -> SQL of the value as it
+    stands in the file. kinds: column -> "int64" | "text" | "float" | "time" (the last two in Parquet only)."""
 
-    path: Path
+    path: Location
     scan: str
     raw: dict[str, str]
     kinds: dict[str, str]
 
 
-def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Path], str]:
+def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]:
     """Files in the order of `inputs`; a folder (recursively) or a glob gives its files sorted by path.
 
     Returns (paths, "csv" | "tsv" | "parquet"). The order matters: it breaks ties between equal timestamps.
     """
     known = [suffix for name, suffixes in SUFFIXES.items() if format in ("auto", name) for suffix in suffixes]
-    paths: list[Path] = []
+    paths: list[Location] = []
     for entry in inputs:
-        if Path(entry).is_dir():
-            found = [p for p in sorted(Path(entry).rglob("*")) if p.name.endswith(tuple(known)) and _is_data(p, entry)]
-        elif Path(entry).is_file():
-            found = [Path(entry)]
-        else:
-            found = [p for p in map(Path, sorted(glob.glob(entry, recursive=True))) if p.is_file()]
+        found = _files_of(os.fspath(entry), tuple(known))
         if not found:
             raise DataError(f"input '{entry}': no file matches (looked for {', '.join(known)}); check the path")
         paths += found
     if not paths:
         raise DataError("input is empty: give at least one file, glob or folder")
-    if len(twice := {p for p in paths if paths.count(p) > 1} if len(set(paths)) < len(paths) else ()):
-        raise DataError(f"{min(twice)}: matched twice by input; each event would be counted twice")
+    if twice := sorted(str(path) for path, count in Counter(paths).items() if count > 1):
+        raise DataError(f"{twice[0]}: matched twice by input; each event would be counted twice")
     if format == "auto":
         formats = {p: _format_of(p) for p in paths}
         if len(set(formats.values())) > 1:
@@ -69,11 +67,14 @@ def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Path], str]:
     return paths, format
 
 
-def open_source(path: Path, *, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
-    """Checks that `columns` (role -> column name) are there. settings: role -> config key, for the remedy's sake."""
-    if path.stat().st_size == 0:
+def open_source(
+    path: Location, local: Path, *, format: str, columns: dict[str, str], settings: dict[str, str]
+) -> Source:
+    """Checks that `columns` (role -> column name) are there. local: the file itself, or a copy of it on this disk.
+    settings: role -> config key, for the remedy's sake."""
+    if local.stat().st_size == 0:
         raise DataError(f"{path}: empty file (0 bytes); remove it from input")
-    return (_open_parquet if format == "parquet" else _open_text)(path, format, columns, settings)
+    return (_open_parquet if format == "parquet" else _open_text)(path, local, format, columns, settings)
 
 
 def time_sql(value: str, kind: str, unit: str) -> str:
@@ -95,42 +96,54 @@ def id_sql(value: str, kind: str) -> str:
     return f"TRY_CAST({value} AS BIGINT)" if kind == "int64" else f"nullif({value}, '')"
 
 
-def _is_data(path: Path, root: str) -> bool:
+def _files_of(entry: str, known: tuple[str, ...]) -> list[Location]:
+    """What one entry of `input` stands for. A local name with brackets may be a file's own."""
+    place = open_location(entry) if "://" not in entry or not WILDCARD.search(entry) else None
+    if place is not None and place.is_dir():
+        return [file for file in place.files() if file.name.endswith(known) and _is_data(file, place)]
+    if place is not None and place.is_file():
+        return [place]
+    return find_files(entry)
+
+
+def _is_data(file: Location, folder: Location) -> bool:
     # Spark and friends leave _SUCCESS, _temporary/ and .crc files beside the data.
-    return path.is_file() and not any(part.startswith(("_", ".")) for part in path.relative_to(root).parts)
+    return not any(part.startswith(("_", ".")) for part in file.below(folder).split("/"))
 
 
-def _format_of(path: Path) -> str:
+def _format_of(path: Location) -> str:
     for name, suffixes in SUFFIXES.items():
         if path.name.endswith(suffixes):
             return name
     raise DataError(f"{path}: format unknown from its name; set format to csv, tsv or parquet")
 
 
-def _open_text(path: Path, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
+def _open_text(path: Location, local: Path, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
     opener = gzip.open if path.name.endswith(".gz") else open
     delimiter = "\t" if format == "tsv" else ","
     try:
-        with opener(path, "rb") as file:
+        with opener(local, "rb") as file:
             header = next(csv.reader([file.readline().decode("utf-8-sig")], delimiter=delimiter), [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
     if opener is gzip.open:
-        _check_gzip(path)
+        _check_gzip(path, local)
     _require(path, header, columns, settings)
     # Positional names: SQL names ignore case, headers need not.
     names = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(header)))
     scan = (
-        f"read_csv({quote(glob.escape(str(path)))}, delim='{DELIMITERS[format]}', quote='\"', escape='\"', "
+        f"read_csv({quote(glob.escape(str(local)))}, delim='{DELIMITERS[format]}', quote='\"', escape='\"', "
         f"header=true, auto_detect=false, columns={{{names}}})"
     )
     raw = {role: f"c{header.index(name)}" for role, name in columns.items()}
     return Source(path, scan, raw, dict.fromkeys(columns, "text"))
 
 
-def _open_parquet(path: Path, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
+def _open_parquet(
+    path: Location, local: Path, format: str, columns: dict[str, str], settings: dict[str, str]
+) -> Source:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(local)
         schema, num_rows = file.schema_arrow, file.metadata.num_rows
         file.close()
     except (pa.ArrowException, OSError) as error:
@@ -138,7 +151,7 @@ def _open_parquet(path: Path, format: str, columns: dict[str, str], settings: di
     _require(path, schema.names, columns, settings)
     if num_rows == 0:
         raise DataError(f"{path}: no events (0 rows); remove it from input")
-    scan = f"read_parquet({quote(glob.escape(str(path)))}, hive_partitioning=false)"
+    scan = f"read_parquet({quote(glob.escape(str(local)))}, hive_partitioning=false)"
     raw, kinds = {}, {}
     for role, name in columns.items():
         kinds[role] = _parquet_kind(path, role, name, schema.field(name).type, settings)
@@ -151,17 +164,17 @@ def _open_parquet(path: Path, format: str, columns: dict[str, str], settings: di
     return Source(path, scan, raw, kinds)
 
 
-def _check_gzip(path: Path) -> None:
+def _check_gzip(path: Location, local: Path) -> None:
     """Unpacks to the end: DuckDB 1.4 takes a truncated gzip for a shorter file and loses events without a word."""
     try:
-        with gzip.open(path, "rb") as file:
+        with gzip.open(local, "rb") as file:
             while file.read(1 << 20):
                 pass
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as gzip ({error}); truncated? write or copy it again") from error
 
 
-def _parquet_kind(path: Path, role: str, name: str, type: pa.DataType, settings: dict[str, str]) -> str:
+def _parquet_kind(path: Location, role: str, name: str, type: pa.DataType, settings: dict[str, str]) -> str:
     if pa.types.is_dictionary(type):
         type = type.value_type
     is_text = pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_null(type)
@@ -180,7 +193,7 @@ def _parquet_kind(path: Path, role: str, name: str, type: pa.DataType, settings:
     )
 
 
-def _require(path: Path, names: list[str], columns: dict[str, str], settings: dict[str, str]) -> None:
+def _require(path: Location, names: list[str], columns: dict[str, str], settings: dict[str, str]) -> None:
     for role, name in columns.items():
         if names.count(name) != 1:
             what = "missing" if name not in names else "not unique"

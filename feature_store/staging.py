@@ -1,17 +1,32 @@
-"""A folder that appears whole or not at all: built beside its place, moved there by one rename."""
+"""A store that appears whole or not at all.
+
+On the local disk it is built beside its place and moved there by one rename. Object stores have no rename: there it is
+built in a local scratch folder ($TMPDIR), files go up under names made of their digests, and the manifest, last, is the
+commit; a reader of the store that was there before keeps its manifest, and its files until the commit.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.manifest import MANIFEST, sync_folder
+from elastic_rec.feature_store.filesystem import Location, open_location, sync_folder
+from elastic_rec.feature_store.manifest import MANIFEST, put_in_place, write_manifest
+
+_OURS = re.compile(r"(bucket=\d+|vocab)/[^/]+\.parquet|manifest(-\d{6,})?\.json")
 
 
-class Staging:
+def stage(out: str, *, overwrite: bool) -> LocalStaging | RemoteStaging:
+    place = open_location(out)
+    return LocalStaging(Path(place), overwrite=overwrite) if place.is_local else RemoteStaging(place, overwrite)
+
+
+class LocalStaging:
     """Context manager over `<out>.tmp-<pid>`. Leaving it without commit() removes the folder.
 
     root: what will be the store. work: scratch space inside it, gone before the rename.
@@ -25,7 +40,7 @@ class Staging:
         self._overwrite = overwrite
         self._lock: int | None = None
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> LocalStaging:
         self._check_free()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self._clear_litter()
@@ -41,12 +56,11 @@ class Staging:
         if self._lock is not None:
             os.close(self._lock)
 
-    def drop_work(self) -> None:
+    def commit(self, content: dict) -> None:
+        """Writes the manifest and moves the folder to `out`. With overwrite the old store steps aside first and is
+        deleted last, so a kill between leaves it whole as `<out>.old-<pid>`."""
         shutil.rmtree(self.work)
-
-    def commit(self) -> None:
-        """Moves the folder to `out`. With overwrite the old store steps aside first and is deleted last, so a kill
-        between leaves it whole as `<out>.old-<pid>`."""
+        write_manifest(open_location(self.root) / MANIFEST, content)
         self._check_free()
         old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
         replaces = self.out.exists() and any(self.out.iterdir())
@@ -72,10 +86,7 @@ class Staging:
     def _check_free(self) -> None:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
-        if not (self.out / MANIFEST).is_file():
-            raise DataError(f"{self.out}: exists and is not a history store; choose another out or remove it")
-        if not self._overwrite:
-            raise DataError(f"{self.out}: a store is there already; choose another out or set overwrite=true")
+        _check_replaceable(self.out, (self.out / MANIFEST).is_file(), self._overwrite)
 
     def _clear_litter(self) -> None:
         for folder in self.out.parent.glob(_escape(self.out.name) + ".tmp-*"):
@@ -83,6 +94,45 @@ class Staging:
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
+
+
+class RemoteStaging:
+    """The same, for a store that is not on the local disk. One ingest to an `out` at a time: nothing locks it."""
+
+    def __init__(self, out: Location, overwrite: bool) -> None:
+        self.out, self._overwrite = out, overwrite
+
+    def __enter__(self) -> RemoteStaging:
+        there = self.out.files()
+        is_store = any(file.below(self.out) == MANIFEST for file in there)
+        if is_store or not all(_OURS.fullmatch(file.below(self.out)) for file in there):
+            _check_replaceable(self.out, is_store, self._overwrite)
+        self.root = Path(tempfile.mkdtemp(prefix="elastic-rec-"))
+        self.work = self.root / ".work"
+        self.work.mkdir()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def commit(self, content: dict) -> None:
+        """Uploads what `content` names, then the manifest; then deletes what the new store does not name."""
+        shutil.rmtree(self.work)
+        files = put_in_place(content["files"], self.root, self.out)
+        vocabularies = put_in_place(list(content["vocabularies"].values()), self.root, self.out)
+        vocabularies = dict(zip(content["vocabularies"], vocabularies, strict=True))
+        write_manifest(self.out / MANIFEST, {**content, "files": files, "vocabularies": vocabularies})
+        named = {MANIFEST, *(entry["path"] for entry in [*files, *vocabularies.values()])}
+        for file in self.out.files():  # of a killed ingest, or of the store that this one replaces
+            if file.below(self.out) not in named:
+                file.delete()
+
+
+def _check_replaceable(out: Path | Location, is_store: bool, overwrite: bool) -> None:
+    if not is_store:
+        raise DataError(f"{out}: exists and is not a history store; choose another out or remove it")
+    if not overwrite:
+        raise DataError(f"{out}: a store is there already; choose another out or set overwrite=true")
 
 
 def lock_folder(folder: Path) -> int | None:

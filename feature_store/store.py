@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.manifest import check_digest, read_manifest
 from elastic_rec.feature_store.schema import ARROW_TYPES, USER
 from elastic_rec.feature_store.vocabulary import Vocabulary
@@ -19,7 +20,7 @@ from elastic_rec.feature_store.vocabulary import Vocabulary
 class StoreFile:
     """One data file. first_row: row number of its first user; row_groups: (num_users, num_events) each."""
 
-    path: Path
+    path: Location
     first_row: int
     num_users: int
     num_events: int
@@ -29,7 +30,7 @@ class StoreFile:
 class Store:
     """Users have row numbers 0..num_users-1, counted through `files` in order."""
 
-    def __init__(self, path: Path, manifest: dict) -> None:
+    def __init__(self, path: Location, manifest: dict) -> None:
         self.path = path
         self.manifest = manifest
         self.generation: int = manifest.get("generation", 0)
@@ -41,12 +42,13 @@ class Store:
         self._vocabularies: dict[str, Vocabulary] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, generation: int | None = None) -> Store:
+    def open(cls, path: str | os.PathLike | Location, *, generation: int | None = None) -> Store:
         """Reads the manifest of a generation (None: the current one), checks its hash and each file's size.
 
+        path: a folder, or a URL (filesystem.py).
         DataError where the store is not whole. What is opened stays as it is, whatever is appended later.
         """
-        path = Path(path)
+        path = open_location(path)
         return cls(path, read_manifest(path, generation))
 
     def verify(self) -> None:
@@ -100,9 +102,9 @@ class Store:
         return pa.chunked_array(parts).combine_chunks().take(pa.array(positions, mask=rows < 0))
 
 
-def open_data_file(path: Path) -> pq.ParquetFile:
+def open_data_file(path: Location) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        return pq.ParquetFile(path.open(), page_checksum_verification=True, pre_buffer=not path.is_local)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: cannot be opened ({error}); changed, or its generation was deleted by a "
@@ -110,7 +112,7 @@ def open_data_file(path: Path) -> pq.ParquetFile:
         ) from error
 
 
-def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str], path: Path) -> pa.Table:
+def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str], path: Location) -> pa.Table:
     """file.read_row_groups; what cannot be decoded (a flipped bit, a hole) is a DataError with the file's name."""
     try:
         return file.read_row_groups(groups, columns=columns, use_threads=False)
@@ -118,7 +120,7 @@ def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str],
         raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); changed, rerun ingest") from error
 
 
-def _list_files(root: Path, manifest: dict) -> list[StoreFile]:
+def _list_files(root: Location, manifest: dict) -> list[StoreFile]:
     files, row = [], 0
     for entry in manifest["files"]:
         groups = tuple((users, events) for users, events in entry["row_groups"])

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location
 
 PAD = 0
 UNKNOWN = 1
@@ -66,8 +67,9 @@ class Vocabulary:
         pq.write_table(table, path, compression="zstd")
 
     @classmethod
-    def read(cls, path: Path, *, column: str) -> Vocabulary:
-        table = pq.read_table(path)
+    def read(cls, path: Location, *, column: str) -> Vocabulary:
+        with path.open() as file:
+            table = pq.read_table(file)
         if not np.array_equal(table["index"].to_numpy(), np.arange(FIRST, FIRST + len(table))):
             raise DataError(f"{path}: indices are not {FIRST}, {FIRST + 1}, ...; the file was changed, rerun ingest")
         ids = table["id"].combine_chunks()

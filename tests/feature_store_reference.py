@@ -93,7 +93,7 @@ def stored_histories(store: Store, columns: list[str]) -> dict:
     """user -> list of events with raw values, read by plain pyarrow; checks bucket and order of users on the way."""
     histories: dict = {}
     for file in store.files:
-        table = pq.read_table(file.path, partitioning=None)
+        table = pq.read_table(file.path.open())
         users = table["user_id"].to_pylist()
         folder = file.path.parent.name
         assert users == sorted(users, key=lambda u: u.encode() if isinstance(u, str) else u)

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from feature_store_reference import make_store, pick, random_events, reference_histories, stored_histories, write_events
@@ -98,7 +99,7 @@ def day(tmp_path_factory):
     root, events = tmp_path_factory.mktemp("day"), random_events(500)
     store = make_store(root, events[:300], num_buckets=2)
     before, after = (pick(reference_histories(part), NAMES) for part in (events[:300], events))
-    return store.path, write_events(root / "day.parquet", events[300:]), before, after
+    return Path(store.path), write_events(root / "day.parquet", events[300:]), before, after
 
 
 def copy_of(day, path):

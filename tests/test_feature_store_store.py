@@ -93,7 +93,9 @@ def test_overwrite_never_removes_what_is_no_store(tmp_path):
 
 def test_changed_stores_are_refused(tmp_path):
     store = make_store(tmp_path, random_events(300), context_columns=["action"])
-    data, vocab, manifest = store.files[1].path, store.path / "vocab" / "item.parquet", store.path / "manifest.json"
+    data, vocab, manifest = map(
+        Path, (store.files[1].path, store.path / "vocab/item.parquet", store.path / "manifest.json")
+    )
 
     def refused(path: Path, content: bytes | None, match: str) -> None:
         original = path.read_bytes()
@@ -118,7 +120,7 @@ def test_changed_stores_are_refused(tmp_path):
 def test_a_flipped_bit_is_found_when_read(tmp_path):
     """Same size, so open() lets it pass: page checksums and the vocabulary's digest must not."""
     store = make_store(tmp_path, random_events(300))
-    path = store.files[0].path
+    path = Path(store.files[0].path)
     content = bytearray(path.read_bytes())
     chunk = pq.ParquetFile(path).metadata.row_group(0).column(2)
     content[chunk.dictionary_page_offset + chunk.total_compressed_size - 1] ^= 1
@@ -128,7 +130,7 @@ def test_a_flipped_bit_is_found_when_read(tmp_path):
         store.verify()
     with pytest.raises(DataError, match=r"part-000\.parquet: row groups \[0\] cannot be decoded"):
         list(HistoryReader(store, columns=["item"], global_batch_size=8, shuffle=False).epoch(0))
-    vocab = store.path / "vocab" / "item.parquet"
+    vocab = Path(store.path) / "vocab" / "item.parquet"
     content = bytearray(vocab.read_bytes())
     content[20] ^= 1
     vocab.write_bytes(content)
@@ -142,7 +144,7 @@ def test_an_id_outside_its_vocabulary_is_found_when_read(tmp_path):
     smaller = json.loads(json.dumps(store.manifest))
     smaller["vocabularies"]["item"]["size"] = 5
     smaller["hash"] = content_hash(smaller)
-    (store.path / "manifest.json").write_text(json.dumps(smaller))
+    (store.path / "manifest.json").replace(json.dumps(smaller).encode())
     with pytest.raises(DataError, match=r"part-\d+\.parquet: row group 0, user row \d+: item id \d+ is outside"):
         list(HistoryReader(Store.open(store.path), columns=["item"], global_batch_size=8, shuffle=False).epoch(0))
 

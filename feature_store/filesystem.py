@@ -1,0 +1,203 @@
+"""Where a store's files are: one type for the local disk, object stores and everything that fsspec knows.
+
+    open_location("stores/mine")                local
+    open_location("s3://bucket/stores/mine")    Arrow's own client: s3, gs, abfs(s), hdfs
+    open_location("memory://stores/mine")       any other scheme: fsspec, wrapped for Arrow
+
+A local rename is atomic; object stores have none, but a PUT is: a file is there whole or not at all once it is closed.
+So the same rule holds everywhere: data first, under names that nobody reads yet, the manifest last.
+Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), never from a URL: URLs are written down.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+import posixpath
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from elastic_rec.feature_store.errors import DataError
+
+_ARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+_CHUNK = 1 << 20
+WILDCARD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder. `url` is what messages show; `path` is what `filesystem` takes. Local ones work where a path
+    is wanted (os.fspath)."""
+
+    url: str
+    path: str = field(compare=False)
+    filesystem: pafs.FileSystem = field(compare=False, repr=False)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.path)
+
+    @property
+    def parent(self) -> Location:
+        return Location(posixpath.dirname(self.url), posixpath.dirname(self.path), self.filesystem)
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(posixpath.join(self.url, name), posixpath.join(self.path, name), self.filesystem)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __fspath__(self) -> str:
+        if not self.is_local:
+            raise DataError(f"{self.url}: not on the local disk")
+        return self.path
+
+    def resolve(self) -> Location:
+        return open_location(os.path.realpath(self.path)) if self.is_local else self
+
+    def is_file(self) -> bool:
+        return self._info().type == pafs.FileType.File
+
+    def is_dir(self) -> bool:
+        """On an object store: is there anything below it."""
+        return self._info().type == pafs.FileType.Directory
+
+    def sizes(self, names: list[str]) -> list[int | None]:
+        """Bytes of files below this folder, asked for at once; None where there is no such file."""
+        return [info.size for info in self.filesystem.get_file_info([(self / name).path for name in names])]
+
+    def modified(self) -> float:
+        """Seconds since 1970."""
+        info = self._info()
+        if info.mtime_ns is None:  # Arrow's handler does not pass on what fsspec calls it
+            return self.filesystem.handler.fs.modified(self.path).timestamp()
+        return info.mtime_ns / 1e9
+
+    def below(self, folder: Location) -> str:
+        """The path from `folder` to here."""
+        return self.path.removeprefix(folder.path.rstrip("/") + "/")
+
+    def files(self, *, recursive: bool = True) -> list[Location]:
+        """The files in a folder and below, sorted by path; none where there is nothing."""
+        selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
+        found = [info.path for info in self.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+        base = self.path.rstrip("/") + "/"
+        return [self / path.removeprefix(base) for path in sorted(found, key=lambda path: path.split("/"))]
+
+    def open(self) -> pa.NativeFile:
+        """For reading at any position."""
+        return self.filesystem.open_input_file(self.path)
+
+    def read_bytes(self) -> bytes:
+        with self.open() as file:
+            return file.read()
+
+    def digest(self) -> str:
+        """sha256 of the content, hexadecimal."""
+        digest = hashlib.sha256()
+        with self.open() as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def replace(self, content: bytes) -> None:
+        """Whoever reads the file, now or after a crash, finds the old content or the new one whole."""
+        if not self.is_local:
+            with self.filesystem.open_output_stream(self.path) as file:
+                file.write(content)
+            return
+        path = Path(self.path)
+        aside = path.with_name(path.name + ".tmp")
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        sync_folder(path.parent)
+
+    def receive(self, file: Path) -> None:
+        """Moves a finished local file here; on the local disk by a rename, so within one disk."""
+        if self.is_local:
+            target = Path(self.path)
+            target.parent.mkdir(exist_ok=True)
+            file.rename(target)
+            sync_folder(target.parent)
+        else:
+            pafs.copy_files(str(file), self.path, destination_filesystem=self.filesystem)
+            file.unlink()
+
+    def fetch(self, folder: Path) -> Path:
+        """The file on the local disk: itself, or a copy in `folder` under its own name."""
+        if self.is_local:
+            return Path(self.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        copy = folder / self.name
+        pafs.copy_files(self.path, str(copy), source_filesystem=self.filesystem)
+        return copy
+
+    def delete(self) -> None:
+        if self.is_local:
+            os.unlink(self.path)
+        else:
+            self.filesystem.delete_file(self.path)
+
+    def _info(self) -> pafs.FileInfo:
+        return self.filesystem.get_file_info(self.path)
+
+
+def open_location(url: str | os.PathLike | Location) -> Location:
+    """A path or URL -> Location, whether or not anything is there. DataError for a scheme without a client."""
+    if isinstance(url, Location):
+        return url
+    text = os.fspath(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme == "file":
+        path = str(Path(rest if separator else text))
+        return Location(path, path, pafs.LocalFileSystem())
+    text = text.rstrip("/")
+    try:
+        if scheme in _ARROW_SCHEMES:
+            filesystem, path = pafs.FileSystem.from_uri(text)
+        else:
+            import fsspec
+
+            client, path = fsspec.core.url_to_fs(text)
+            filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(client))
+    except (ValueError, ImportError, OSError) as error:
+        raise DataError(f"{text}: no file system for it ({error}); check the scheme, or install its fsspec") from error
+    return Location(text, path, filesystem)
+
+
+def find_files(pattern: str) -> list[Location]:
+    """Files that match a glob (`*`, `?`, `[...]`, `**` for any folders), sorted by path; as glob.glob does locally."""
+    if "://" not in pattern:
+        return [open_location(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    parts = pattern.split("/")
+    wild = next((i for i, part in enumerate(parts) if WILDCARD.search(part)), len(parts))
+    root = open_location("/".join(parts[:wild]))
+    return [file for file in root.files() if _matches(file.url.split("/")[wild:], parts[wild:])]
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and deletions in a local folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _matches(path: list[str], pattern: list[str]) -> bool:
+    if not pattern or not path:
+        return not pattern and not path
+    if pattern[0] == "**":
+        return _matches(path, pattern[1:]) or _matches(path[1:], pattern)
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
