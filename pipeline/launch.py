@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 import elastic_rec.configs
 from elastic_rec.feature_store.datasets import DatasetUnavailable
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.pipeline.allocator import keep_freed_memory
 from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
 
 CONFIG_DIR = str(Path(elastic_rec.configs.__file__).parent.resolve())
@@ -123,6 +124,7 @@ def start_world(device: str = "auto") -> World:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("parallel.device=cuda, but torch sees no CUDA device here; use parallel.device=cpu or auto")
+    keep_freed_memory()
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth
 from elastic_rec.models.elastic.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.memory import CausalSeeds, InterestMemory
+from elastic_rec.models.elastic.pieces import in_pieces
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.state import Fingerprint, UserState, check_state
 from elastic_rec.models.elastic.timeline import Timeline, num_kept
@@ -38,17 +40,16 @@ class TimelineMaker(nn.Module):
         super().__init__()
         self.chunk = chunk
 
-    def forward(
-        self,
-        offsets_B1: torch.Tensor,
-        times_s_T: torch.Tensor,
-        state: UserState | None = None,
-        fingerprint: str | None = None,
-    ) -> Timeline:
-        """fingerprint: what the state's must be; None: any."""
-        if state is not None:
-            check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=fingerprint)
+    def forward(self, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None) -> Timeline:
         return Timeline.build(offsets_B1, times_s_T, self.chunk, state)
+
+
+class StateChecker(nn.Module):
+    """forward(state, offsets_B1, fingerprint) -> state. fingerprint: what the state's must be; None: any."""
+
+    def forward(self, state: UserState, offsets_B1: torch.Tensor, fingerprint: str | None) -> UserState:
+        check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=fingerprint)
+        return state
 
 
 class Gap(nn.Module):
@@ -136,7 +137,7 @@ class CausalTower(nn.Module):
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
         self.config, self.memory_config = config, memory
-        self.timeline = TimelineMaker(config.chunk)
+        self.check, self.timeline = StateChecker(), TimelineMaker(config.chunk)
         self.gap = Gap(config)
         self.first = CausalAggregate(config, 0)
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
@@ -149,8 +150,24 @@ class CausalTower(nn.Module):
     def forward(
         self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = True
     ) -> CausalOutput:
-        timeline = self.timeline(offsets_B1, times_s_T)
-        return self.summary(self._depth(tokens_TD, timeline, every), every)[0]
+        if self._takes_pieces():
+            return in_pieces(self, tokens_TD, offsets_B1, times_s_T, None, every)[0]
+        return self.run(tokens_TD, offsets_B1, times_s_T, None, every)[0]
+
+    def _takes_pieces(self) -> bool:
+        """Where nothing is kept for a backward pass. Not on several ranks with a memory: its sharded lookups are
+        collective, and ranks would differ in how many pieces they have."""
+        alone = self.memory is None or not dist.is_initialized() or dist.get_world_size() == 1
+        return alone and not torch.is_grad_enabled()
+
+    def run(
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None, every
+    ) -> tuple[CausalOutput, UserState | None]:
+        """All events at once; without a state, users start from nothing and none is made."""
+        timeline = self.timeline(offsets_B1, times_s_T, state)
+        depth = self._depth(tokens_TD, timeline, every)
+        summarised = self.summary(depth, every)
+        return summarised[0], None if state is None else self.next_state(timeline, depth, summarised[1])
 
     def _depth(self, tokens_TD: torch.Tensor, timeline: Timeline, every: bool) -> Depth:
         tokens_TD = self.gap(tokens_TD, timeline)
@@ -182,7 +199,7 @@ class CausalTower(nn.Module):
         Equal to one pass over all events, for any cut. Gradients run into the state it was given: `state.detach()`
         cuts them off. In training a state may outlive a change of weights; in evaluation that is refused.
         """
-        timeline = self.timeline(offsets_B1, times_s_T, state, None if self.training else self.fingerprint())
-        depth = self._depth(tokens_TD, timeline, every)
-        summarised = self.summary(depth, every)
-        return summarised[0], self.next_state(timeline, depth, summarised[1])
+        state = self.check(state, offsets_B1, None if self.training else self.fingerprint())
+        if self._takes_pieces():
+            return in_pieces(self, tokens_TD, offsets_B1, times_s_T, state, every)
+        return self.run(tokens_TD, offsets_B1, times_s_T, state, every)

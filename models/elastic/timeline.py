@@ -71,11 +71,18 @@ class Timeline:
 
     def join(self, kept_BW: torch.Tensor, new_T: torch.Tensor) -> torch.Tensor:
         """(B, W, ...) and (T, ...) -> (E, ...)."""
-        return torch.cat([kept_BW.flatten(0, 1).to(new_T.dtype), new_T]).index_select(0, self.source_E)
+        kept_X = kept_BW.flatten(0, 1).to(new_T.dtype)
+        if self.num_users == 1:
+            return torch.cat([kept_X[: self.times_s_E.numel() - new_T.shape[0]], new_T])
+        return torch.cat([kept_X, new_T]).index_select(0, self.source_E)
 
     def new(self, x_E: torch.Tensor) -> torch.Tensor:
         """(E, ...) -> (T, ...)."""
-        return x_E if self.place_T is None else x_E.index_select(0, self.place_T)
+        if self.place_T is None:
+            return x_E
+        if self.num_users == 1:
+            return x_E[x_E.shape[0] - self.place_T.numel() :]
+        return x_E.index_select(0, self.place_T)
 
     def newest(self) -> Newest:
         """What the newest event of each user sees of a layer: its own chunk, the one before, and their boundaries."""

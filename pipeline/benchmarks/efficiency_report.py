@@ -39,7 +39,6 @@ def write_figures(
 def write_table(path: Path, table: Table, *, config: EfficiencyConfig, context: dict, verdicts: list[Verdict]) -> None:
     machine, model, memory = context["machine"], context["model"], context["memory"]
     slots = f"{memory['num_keys'] ** 2:,} slots" if memory["enabled"] else "off"
-    allocator = ", ".join(f"{name}={value}" for name, value in machine["allocator"].items()) or "the system's"
     lines = [
         "# Efficiency: a user's representation from N events",
         "",
@@ -49,7 +48,7 @@ def write_table(path: Path, table: Table, *, config: EfficiencyConfig, context: 
         f"threads {context['threads']}, torch {machine['torch']}, load average {machine['load_average']} before and "
         f"{context['load_average_after']} after. Width {model['width']}, heads {model['heads']}, layers "
         f"{model['layers']}, feed-forward x{model['ffn_multiple']}, K = {model['experts']}, memory {slots}, float32, "
-        f"one user per call. Allocator: {allocator}.",
+        f"one user per call. Allocator: {context['allocator']}.",
         "",
         f"Cells: median time of up to {config.repetitions} rounds in which contestants take turns (fewer where they "
         f"would take over {config.rounds_s:g} s, at least 1), and the peak of torch's allocator above weights and "

@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 
-# Settings that decide whether freed memory is kept or handed back and faulted in anew, a third of the time at large N.
-ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_")
-
 
 def describe_machine() -> dict[str, Any]:
     """load_average: processes running or waiting over the last minute; more than about 1 here says it was shared."""
@@ -22,7 +19,6 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ALLOCATOR)},
         "load_average": round(os.getloadavg()[0], 2),
     }
 

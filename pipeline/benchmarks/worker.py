@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from elastic_rec.pipeline.allocator import keep_freed_memory
 from elastic_rec.pipeline.benchmarks.contestants import Arena
 
 OUT_OF_MEMORY = "out of memory"
@@ -77,7 +78,7 @@ class Worker:
         return reply
 
     def describe(self) -> dict[str, Any]:
-        """Threads and the device's name, as the child sees them."""
+        """Threads, the device's name and the allocator, as the child sees them."""
         self._pipe.send(None)
         return self._pipe.recv()
 
@@ -100,6 +101,7 @@ def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if threads:
         torch.set_num_threads(threads)
+    allocator = keep_freed_memory()
     _ = arena.table_VD  # before the limit: what a call may allocate is meant
     _limit_memory(arena.device, memory_limit_gib)
     gc.disable()
@@ -111,7 +113,7 @@ def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float
             return
         if task is None:
             name = torch.cuda.get_device_name() if arena.device == "cuda" else "cpu"
-            pipe.send({"threads": torch.get_num_threads(), "device": name})
+            pipe.send({"threads": torch.get_num_threads(), "device": name, "allocator": allocator})
             continue
         try:
             reply = _measure(arena, task, calls)
