@@ -6,7 +6,7 @@ python -m elastic_rec.pipeline.config_reference
 from __future__ import annotations
 
 import sys
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -36,7 +36,7 @@ def reference() -> str:
     parts = [HEAD]
     seen: set[str] = set()
     for verb, config in VERBS.items():
-        rows = list(_rows(config, ""))
+        rows = list(_rows(config(), ""))
         new = [row for row in rows if row not in seen]
         seen.update(rows)
         known = sorted({row.split("`")[1].split(".")[0] for row in rows if row not in new})
@@ -47,14 +47,13 @@ def reference() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _rows(config: type, prefix: str):
-    hints = get_type_hints(config)
+def _rows(config: Any, prefix: str):
+    hints = get_type_hints(type(config))
     for f in fields(config):
-        kind = hints[f.name]
+        kind, default = hints[f.name], getattr(config, f.name)
         if is_dataclass(kind):
-            yield from _rows(kind, f"{prefix}{f.name}.")
+            yield from _rows(default, f"{prefix}{f.name}.")
             continue
-        default = f.default if f.default is not MISSING else f.default_factory()
         yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {f.metadata['help'].replace('|', '/')} |"
 
 

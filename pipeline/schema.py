@@ -6,6 +6,7 @@ Each part's dataclass stands beside the code it configures; this file puts them 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.ingest import IngestConfig
@@ -28,8 +29,11 @@ class DataConfig:
     )
     max_history: int = field(default=200, metadata={"help": "newest events of a prefix that reach the model"})
     cuts: int = field(
-        default=4,
-        metadata={"help": "prefixes drawn per user and step, each with its target; 0: a target behind every event"},
+        default=0,
+        metadata={
+            "help": "0: a target behind every event (model.attention=causal or full); else prefixes drawn per user and "
+            "step, each with its target, all that model.attention=bidirectional can be trained on"
+        },
     )
     window: int = field(
         default=0,
@@ -99,7 +103,7 @@ class IngestVerbConfig:
 @dataclass
 class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
-    model: TowerConfig = field(default_factory=TowerConfig)
+    model: TowerConfig = field(default_factory=partial(TowerConfig, attention=Attention.causal))
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,9 +18,9 @@ from elastic_rec.feature_store.ingest import IngestConfig, ingest
 REPO = Path(__file__).parent.parent
 # Small enough that 50 steps take seconds, dropout off so that losses can be compared across ranks.
 SMALL_TRAIN = [
-    "model.width=16", "model.experts=4", "model.dropout=0", "memory.num_keys=16", "data.cuts=2", "data.max_history=32",
-    "optim.global_batch_size=16", "optim.warmup_steps=5", "optim.table_lr=0.2", "optim.dense_lr=0.005",
-    "run.log_every=1",
+    "model.width=16", "model.experts=4", "model.dropout=0", "memory.num_keys=16", "data.max_history=32",
+    "model.attention=bidirectional", "data.cuts=2", "optim.global_batch_size=16", "optim.warmup_steps=5",
+    "optim.table_lr=0.2", "optim.dense_lr=0.005", "run.log_every=1",
 ]  # fmt: skip
 
 

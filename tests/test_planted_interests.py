@@ -22,8 +22,9 @@ def test_tower_against_the_bayes_rate(tmp_path, noise, epochs):
     store, run = tmp_path / "store", tmp_path / "run"
     helpers.run("ingest", "data=files", f"data.ingest.input=[{events.events}]", f"data.store={store}")
     helpers.run(
-        "train", "data=files", f"data.store={store}", f"run.dir={run}", f"optim.epochs={epochs}", "data.cuts=4",
-        "optim.global_batch_size=64", "optim.table_lr=0.1", "optim.warmup_steps=30",
+        "train", "data=files", f"data.store={store}", f"run.dir={run}", f"optim.epochs={epochs}",
+        "model.attention=bidirectional", "data.cuts=4", "optim.global_batch_size=64", "optim.table_lr=0.1",
+        "optim.warmup_steps=30",
     )  # fmt: skip
     reached = helpers.run("evaluate", f"run={run}")["seen_kept"]["hr@10"]
     best = json.loads(events.bayes.read_text())["test"]
