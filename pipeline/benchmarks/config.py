@@ -12,6 +12,7 @@ from elastic_rec.pipeline.benchmarks.far_back_set import FarBackConfig
 
 class Suite(StrEnum):
     efficiency = "efficiency"
+    streaming = "streaming"
     far_back = "far_back"
 
 
@@ -71,6 +72,37 @@ class EfficiencyConfig:
 
 
 @dataclass
+class StreamingTargets:
+    fold_ratio: float = field(
+        default=0.0, metadata={"help": "a new event's time, slowest over fastest number of past events; 0: off"}
+    )
+    pass_gib: float = field(default=0.0, metadata={"help": "resident memory of the longest pass; 0: off"})
+    slope_min: float = field(default=0.0, metadata={"help": "least log-log slope of a pass's time against its events"})
+    slope_max: float = field(default=0.0, metadata={"help": "greatest log-log slope; 0: not judged"})
+
+
+@dataclass
+class StreamingConfig:
+    events: list[int] = field(default_factory=lambda: [1000], metadata={"help": "past events of the users, ascending"})
+    repetitions: int = field(default=15, metadata={"help": "rounds over all of them; a figure is a median of rounds"})
+    catalogue: int = field(default=10_000, metadata={"help": "items that a fold ranks for its user"})
+    pass_events: list[int] = field(
+        default_factory=lambda: [1000], metadata={"help": "lengths of the passes over a whole history, ascending"}
+    )
+    pass_repetitions: int = field(default=3, metadata={"help": "passes per length, after one to warm up"})
+    targets: StreamingTargets = field(default_factory=StreamingTargets, metadata={"help": "what check=true asks for"})
+
+    def __post_init__(self) -> None:
+        for name in ("events", "pass_events"):
+            lengths = getattr(self, name)
+            if not lengths or lengths != sorted(set(lengths)) or lengths[0] < 1:
+                raise ValueError(f"streaming.{name}={lengths}: give positive lengths in ascending order")
+        for name in ("repetitions", "pass_repetitions", "catalogue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"streaming.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass
 class BenchmarkConfig:
     suite: Suite = field(default=Suite.efficiency, metadata={"help": "what to measure"})
     out: str = field(default="runs/benchmark", metadata={"help": "folder for table, figures and plot"})
@@ -85,6 +117,7 @@ class BenchmarkConfig:
     )
     memory: MemoryConfig = field(default_factory=MemoryConfig, metadata={"help": "the tower's interest memory"})
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig, metadata={"help": "suite=efficiency"})
+    streaming: StreamingConfig = field(default_factory=StreamingConfig, metadata={"help": "suite=streaming"})
     far_back: FarBackConfig = field(default_factory=FarBackConfig, metadata={"help": "suite=far_back"})
 
     def __post_init__(self) -> None:
