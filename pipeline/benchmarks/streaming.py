@@ -141,5 +141,11 @@ def _pass(sender, config: BenchmarkConfig, events: int) -> None:
         start = time.perf_counter()
         tower.step(tokens_TD, torch.tensor([0, events]), times_s_T, tower.init_state(1), False)
         samples_s.append(time.perf_counter() - start)
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sender.send((kib * (1 if sys.platform == "darwin" else 1024), samples_s[1:]))
+    sender.send((_peak_rss_bytes(), samples_s[1:]))
+
+
+def _peak_rss_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would be the parent's, where that is larger: it survives exec
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
