@@ -44,6 +44,7 @@ class IngestMode(Enum):
     append = "append"
     compact = "compact"
     rollback = "rollback"
+    impressions = "impressions"
 
 
 @dataclass
@@ -54,7 +55,8 @@ class IngestConfig:
         default=IngestMode.create,
         metadata={
             "help": "create: a new store at `out`. The others change the store there: append folds new input in, "
-            "compact deletes generations that nobody needs, rollback makes an earlier generation the current one."
+            "compact deletes generations that nobody needs, rollback makes an earlier generation the current one, "
+            "impressions writes data.impressions into the store (create does so, too)."
         },
     )
     name: str = field(default="events", metadata={"help": "Name of the data set; goes into the manifest."})

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from elastic_rec.feature_store.datasets.fetch import DatasetUnavailable
 from elastic_rec.feature_store.datasets.files import EventFiles, default_cache_dir
+from elastic_rec.feature_store.datasets.impressions import PlantedConfig, movielens_impressions, planted_impressions
 from elastic_rec.feature_store.datasets.movielens import movielens
 from elastic_rec.feature_store.datasets.synthetic import SyntheticConfig, generate
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.impressions.config import ImpressionConfig
 
 __all__ = [
     "DatasetConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "generate",
     "movielens",
     "prepare",
+    "prepare_impressions",
 ]
 
 
@@ -51,6 +54,12 @@ class DatasetConfig:
     synthetic: SyntheticConfig = field(
         default_factory=SyntheticConfig, metadata={"help": "knobs of the synthetic set, used with kind=synthetic"}
     )
+    impressions: bool = field(
+        default=False, metadata={"help": "also make the set's impressions, for ranking (not with kind=files)"}
+    )
+    planted: PlantedConfig = field(
+        default_factory=PlantedConfig, metadata={"help": "knobs of synthetic impressions, used with kind=synthetic"}
+    )
 
 
 def prepare(config: DatasetConfig, out_dir: str | Path | None = None) -> EventFiles:
@@ -74,3 +83,10 @@ def prepare(config: DatasetConfig, out_dir: str | Path | None = None) -> EventFi
         cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
         out_dir = cache_dir / f"synthetic-{setting[:12]}"
     return generate(config.synthetic, out_dir)
+
+
+def prepare_impressions(config: DatasetConfig, files: EventFiles, folder: Path) -> ImpressionConfig:
+    """Makes the impressions of `files`, which prepare(config) gave, in `folder`; what to ingest them with."""
+    if config.kind is DatasetKind.synthetic:
+        return planted_impressions(files, config.synthetic, config.planted, folder)
+    return movielens_impressions(files, folder)

@@ -6,6 +6,7 @@ that "events before the impression" never lets one through that came later withi
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import duckdb
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.engine import SQL_TYPES
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.sources import id_sql, quote, time_sql
@@ -45,15 +47,16 @@ class ImpressionEngine:
         if isinstance(error, duckdb.OutOfMemoryException):
             raise DataError(f"memory_limit={self._memory_limit} is too small ({error}); raise it") from error
 
-    def load(self, path: Path) -> int:
-        """Appends one file's impressions. Returns their number; DataError names the first bad row."""
-        columns = self._columns(path)
+    def load(self, path: Location, local: Path) -> int:
+        """Appends one file's impressions; local: the file, or a copy on this disk. Returns their number; DataError
+        names the first bad row."""
+        columns = self._columns(path, local)
         if not self._context_types:
             self._context_types = {name: columns[name][1] for name in self._config.context_columns}
             self._create()
         first = self._one("SELECT coalesce(max(rowid) + 1, 0) FROM raw")
         selected = ", ".join(self._staged(columns))
-        scan = f"read_parquet({quote(str(path))}, hive_partitioning=false)"
+        scan = f"read_parquet({quote(glob.escape(str(local)))}, hive_partitioning=false)"
         try:
             ((count,),) = self._run(f"INSERT INTO raw SELECT {selected} FROM {scan}")
         except duckdb.OutOfMemoryException:
@@ -120,10 +123,10 @@ class ImpressionEngine:
             staged.append(f"CAST({sql} AS {SQL_TYPES[type]}[])" if is_list else f"[CAST({sql} AS {SQL_TYPES[type]})]")
         return staged
 
-    def _columns(self, path: Path) -> dict[str, tuple[str, str, bool]]:
+    def _columns(self, path: Location, local: Path) -> dict[str, tuple[str, str, bool]]:
         """Input column -> (SQL of its raw value, kind, whether it is a list); DataError where it is missing or odd."""
         try:
-            schema = pq.read_schema(path)
+            schema = pq.read_schema(local)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not readable as Parquet ({error}); impressions come as Parquet") from error
         config, columns = self._config, {}
@@ -149,7 +152,7 @@ class ImpressionEngine:
             columns[name] = (sql, kind, is_list)
         return columns
 
-    def _check(self, path: Path, first: int) -> None:
+    def _check(self, path: Location, first: int) -> None:
         labels = " OR ".join(
             f'"{name}" IS NULL OR len("{name}") <> len(candidates)' for name in self._config.label_columns
         )

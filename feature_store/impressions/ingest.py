@@ -2,7 +2,7 @@
 
     STORE/impressions/bucket=0000/part-<digest>.parquet   one row per impression, sorted by (user, time, input order)
     STORE/impressions/vocab/<context column>-<digest>.parquet
-    STORE/impressions/items/items-<digest>.parquet        attributes, row i is item index i
+    STORE/impressions/items/part-<digest>.parquet         attributes, row i is item index i
     STORE/impressions/manifest.json                       written last; replacing it replaces the table
 
 Row groups end where those of the histories do (as far as the history's users go), so whoever reads one row group of
@@ -11,7 +11,6 @@ histories decodes the impressions of its users and no others.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,20 +19,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastic_rec.feature_store.contents import input_digest
 from elastic_rec.feature_store.cutter import BUCKET
-from elastic_rec.feature_store.generations import writing
+from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.generations import scratch_folder, writing
 from elastic_rec.feature_store.impressions import cutter
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.impressions.engine import ImpressionEngine
 from elastic_rec.feature_store.impressions.items import item_attributes
 from elastic_rec.feature_store.impressions.manifest import FOLDER, ids_digest, write_manifest
-from elastic_rec.feature_store.manifest import describe_file, sync_folder
+from elastic_rec.feature_store.manifest import MANIFEST, describe_file, put_in_place
 from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
-
-SCRATCH = ".impressions"
 
 
 def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str = "1GB", threads: int = 0) -> dict:
@@ -41,15 +38,9 @@ def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str 
     bad input leaves everything as it was."""
     began = time.perf_counter()
     paths, _ = find_inputs(config.input, format="parquet")
-    with writing(out) as root:
-        store, work = Store.open(root), root / SCRATCH
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            content = _build(config, paths, store, work, memory_limit, threads)
-            _publish(content, work, root / FOLDER)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with writing(out) as root, scratch_folder(root) as work:
+        content = _build(config, paths, Store.open(root), work, memory_limit, threads)
+        _publish(content, work, root / FOLDER)
     seconds = time.perf_counter() - began
     num_unknown = content["num_unknown_candidates"]
     return {
@@ -65,13 +56,19 @@ def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str 
 
 
 def _build(
-    config: ImpressionConfig, paths: list[Path], store: Store, work: Path, memory_limit: str, threads: int
+    config: ImpressionConfig, paths: list[Location], store: Store, work: Path, memory_limit: str, threads: int
 ) -> dict:
     items = store.vocabulary("item")
     (work / "duckdb").mkdir()
     (work / "vocab").mkdir()
     with ImpressionEngine(config, store, work=work / "duckdb", memory_limit=memory_limit, threads=threads) as engine:
-        loaded = [(path, engine.load(path)) for path in paths]
+        source = []
+        for path in paths:
+            local = path.fetch(work / "input")
+            source.append({"path": path.name, "sha256": open_location(local).digest()})
+            source[-1]["impressions"] = engine.load(path, local)
+            if not path.is_local:
+                local.unlink()
         vocabularies = {name: engine.vocabulary(name) for name in config.context_columns}
         encode = Encoder(config, items, vocabularies, user_type=store.manifest["vocabularies"]["user"]["type"])
         files = _write(config, engine.sorted_batches(), encode, store, work)
@@ -91,7 +88,7 @@ def _build(
         "time_unit": store.time_unit,
         "time_percentiles": percentiles,
         "item_ids": {"size": items.size, "sha256": ids_digest(items, items.size)},
-        "num_impressions": sum(count for _, count in loaded),
+        "num_impressions": sum(entry["impressions"] for entry in source),
         "num_candidates": sum(entry["num_candidates"] for entry in files),
         "num_unknown_candidates": encode.num_unknown,
         "labels": config.label_columns,
@@ -100,7 +97,7 @@ def _build(
         "files": files,
         "vocabularies": entries,
         "items": describe_file(work, work / "items" / "items.parquet") if config.item_input else None,
-        "source": [{"path": path.name, "sha256": input_digest(path), "impressions": n} for path, n in loaded],
+        "source": source,
     }
 
 
@@ -169,17 +166,15 @@ def _entries(content: dict) -> Iterator[dict]:
         yield content["items"]
 
 
-def _publish(content: dict, work: Path, folder: Path) -> None:
+def _publish(content: dict, work: Path, folder: Location) -> None:
     """Moves finished files into `folder` under names made of their digests; the manifest makes them the table."""
-    for entry in _entries(content):
-        source = work / entry["path"]
-        target = folder / source.parent.name / f"{source.stem}-{entry['sha256'][:16]}.parquet"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        source.rename(target)
-        sync_folder(target.parent)
-        entry["path"] = target.relative_to(folder).as_posix()
-    sync_folder(folder)
+    if folder.is_local:
+        Path(folder).mkdir(exist_ok=True)
+    entries = list(_entries(content))
+    for entry, moved in zip(entries, put_in_place(entries, work, folder), strict=True):
+        entry["path"] = moved["path"]
     write_manifest(folder, content)
-    named = {folder / entry["path"] for entry in _entries(content)}
-    for path in set(folder.glob("*/*.parquet")) - named:
-        path.unlink()
+    named = {MANIFEST, *(entry["path"] for entry in entries)}
+    for file in folder.files():
+        if file.below(folder) not in named:
+            file.delete()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.impressions.cutter import flat_list, list_array
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
@@ -22,13 +21,16 @@ def item_attributes(config: ImpressionConfig, items: Vocabulary) -> tuple[pa.Tab
     """
     if not config.item_input:
         return None, {}
-    path, names = Path(config.item_input), config.item_context_columns
+    path, names = open_location(config.item_input), config.item_context_columns
     try:
-        table = pq.read_table(path, columns=[config.item_column, *names])
+        with path.open() as file:
+            there = pq.read_schema(file).names
+            file.seek(0)
+            table = pq.read_table(file, columns=[config.item_column, *names])
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path}: item attributes cannot be read ({error})") from error
     if missing := [name for name in [config.item_column, *names] if name not in table.column_names]:
-        raise DataError(f"{path}: no column {missing}; it has: {pq.read_schema(path).names}")
+        raise DataError(f"{path}: no column {missing}; it has: {there}")
     rows = _row_of_index(items.encode(table[config.item_column]), items.size, path)
     columns, vocabularies = {}, {}
     for name in names:
@@ -36,7 +38,7 @@ def item_attributes(config: ImpressionConfig, items: Vocabulary) -> tuple[pa.Tab
     return pa.table(columns), vocabularies
 
 
-def _row_of_index(indices: np.ndarray, size: int, path: Path) -> np.ndarray:
+def _row_of_index(indices: np.ndarray, size: int, path: Location) -> np.ndarray:
     """(V,) row of the input with the attributes of each item index, -1 where there is none."""
     known = np.flatnonzero(indices > UNKNOWN)
     if len(np.unique(indices[known])) < len(known):

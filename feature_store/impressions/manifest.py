@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.manifest import MANIFEST, content_hash, replace_file
+from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.manifest import MANIFEST, content_hash
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST, Vocabulary
 
@@ -17,10 +17,10 @@ VERSION = 1
 _BLOCK = 1 << 20
 
 
-def write_manifest(folder: Path, content: dict) -> None:
+def write_manifest(folder: Location, content: dict) -> None:
     manifest = {"format": FORMAT, "version": VERSION, **content}
     manifest["hash"] = content_hash(manifest)
-    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+    (folder / MANIFEST).replace(json.dumps(manifest, indent=1, ensure_ascii=False).encode())
 
 
 def read_manifest(store: Store) -> dict:
@@ -38,9 +38,9 @@ def read_manifest(store: Store) -> dict:
     if manifest["hash"] != content_hash(manifest):
         raise DataError(f"{path}: its hash does not match its content; {remedy}")
     entries = [*manifest["files"], *manifest["vocabularies"].values(), *filter(None, [manifest["items"]])]
-    for entry in entries:
-        file = path.parent / entry["path"]
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+    for entry, size in zip(entries, path.parent.sizes([entry["path"] for entry in entries]), strict=True):
+        if size != entry["bytes"]:
+            file = path.parent / entry["path"]
             raise DataError(f"{file}: missing or not of {entry['bytes']} bytes, as its manifest says; {remedy}")
     _check_fits(manifest, store, remedy)
     return manifest

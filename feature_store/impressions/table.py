@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -43,7 +42,7 @@ class ImpressionTable:
 
     def __init__(self, store: Store) -> None:
         self.store, self.manifest = store, read_manifest(store)
-        self.path: Path = store.path / FOLDER
+        self.path = store.path / FOLDER
         self.num_rows: int = self.manifest["num_impressions"]
         self.labels: list[str] = self.manifest["labels"]
         self.context: list[str] = self.manifest["context"]
@@ -69,7 +68,8 @@ class ImpressionTable:
         if not self.item_context:
             return {}
         check_digest(self.path, self.manifest["items"])
-        table = pq.read_table(self.path / self.manifest["items"]["path"])
+        with (self.path / self.manifest["items"]["path"]).open() as file:
+            table = pq.read_table(file)
         bags = {name: _bags(table[name]) for name in self.item_context}
         missing = self.store.vocabulary("item").size - len(table)
         return {
