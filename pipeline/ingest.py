@@ -1,19 +1,27 @@
-"""Raw events -> history store; then its daily appends.
+"""Raw events -> history store; then its daily appends, and labelled impressions beside it.
 
 python pipeline/ingest.py data=ml100k
+python pipeline/ingest.py data=ml1m_ranking
 python pipeline/ingest.py data=files "data.ingest.input=[/logs/*.parquet]" data.store=stores/mine
 python pipeline/ingest.py data=files "data.ingest.input=[/logs/today.parquet]" data.store=stores/mine \
     data.ingest.mode=append
 python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=compact
 python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=rollback data.ingest.generation=6
+python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=impressions \
+    "data.impressions.input=[/logs/shown.parquet]" "data.impressions.label_columns=[click]"
 """
 
+import tempfile
+from pathlib import Path
+
 from elastic_rec.feature_store.append import append
-from elastic_rec.feature_store.datasets import prepare
+from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impressions
 from elastic_rec.feature_store.generations import compact, rollback
+from elastic_rec.feature_store.impressions.ingest import ingest_impressions
 from elastic_rec.feature_store.ingest import IngestMode, ingest
+from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.schema import IngestVerbConfig
+from elastic_rec.pipeline.schema import DataConfig, IngestVerbConfig
 
 MODES = {
     IngestMode.create: ingest,
@@ -25,10 +33,28 @@ MODES = {
 
 @verb("ingest", IngestVerbConfig)
 def main(config: IngestVerbConfig) -> dict:
-    data = config.data
-    if data.dataset.kind.name != "files" and data.ingest.mode is IngestMode.create:
-        data.ingest.input = [str(prepare(data.dataset).events)]
-    return MODES[data.ingest.mode](data.ingest)
+    data, mode, files = config.data, config.data.ingest.mode, None
+    if data.dataset.kind.name != "files" and mode in (IngestMode.create, IngestMode.impressions):
+        files = prepare(data.dataset)
+    if mode is IngestMode.impressions:
+        return impressions(data, files)
+    if files is not None:
+        data.ingest.input = [str(files.events)]
+    figures = MODES[mode](data.ingest)
+    if mode is IngestMode.create and (data.dataset.impressions or data.impressions.input):
+        figures["impressions"] = impressions(data, files)
+    return figures
+
+
+def impressions(data: DataConfig, files: EventFiles | None) -> dict:
+    if not data.dataset.impressions and not data.impressions.input:
+        raise ConfigError("no impressions: set data.impressions.input, or data.dataset.impressions=true for a data set")
+    if data.dataset.impressions and files is None:
+        raise ConfigError("data.dataset.impressions=true with kind=files: set data.impressions.input instead")
+    settings = {"out": data.ingest.out, "memory_limit": data.ingest.memory_limit, "threads": data.ingest.threads}
+    with tempfile.TemporaryDirectory() as folder:
+        made = prepare_impressions(data.dataset, files, Path(folder)) if data.dataset.impressions else data.impressions
+        return ingest_impressions(made, **settings)
 
 
 if __name__ == "__main__":

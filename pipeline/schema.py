@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from elastic_rec.feature_store.datasets import DatasetConfig
+from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.splits import SplitConfig
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
@@ -47,6 +48,12 @@ class DataConfig:
     ingest: IngestConfig = field(
         default_factory=lambda: IngestConfig(out="${data.store}"),
         metadata={"help": "how raw events become a history store"},
+    )
+    impressions: ImpressionConfig = field(
+        default_factory=ImpressionConfig, metadata={"help": "labelled impressions beside the histories, for ranking"}
+    )
+    impression_split: ImpressionSplit = field(
+        default_factory=ImpressionSplit, metadata={"help": "how impressions are split by time"}
     )
 
     def __post_init__(self) -> None:
