@@ -20,7 +20,7 @@ from elastic_rec.models.elastic.state import UserState
 if TYPE_CHECKING:
     from elastic_rec.models.elastic.causal_tower import CausalOutput, CausalTower
 
-PIECE = {"cpu": 1 << 15, "cuda": 1 << 19}  # events; a pass takes 4 ms on a CPU whatever it holds, 1 % of a piece's time
+PIECE = {"cpu": 1 << 14, "cuda": 1 << 19}  # events; a pass takes 4 ms on a CPU whatever it holds, 5 % of a piece's time
 
 
 class Piece(NamedTuple):

@@ -76,7 +76,7 @@ class _ChunkSums(torch.autograd.Function):
     def backward(ctx, _, grad_NHKf):
         (qkv_T3Hd, ask_HKd, rate_HK, age_NC), chunks = ctx.saved_tensors, ctx.chunks
         H, K, d = ask_HKd.shape
-        grad_qkv, grad_rate = torch.zeros_like(qkv_T3Hd), torch.zeros_like(rate_HK)
+        grad_qkv, grad_rate = torch.empty_like(qkv_T3Hd), torch.zeros_like(rate_HK)
         with torch.autocast(qkv_T3Hd.device.type, enabled=False):
             ask_DQ = _block_diagonal(ask_HKd)
             grad_ask_DQ = torch.zeros_like(ask_DQ)
@@ -85,7 +85,8 @@ class _ChunkSums(torch.autograd.Function):
                 max_GHK = rate_HK.new_empty(G, H, K)
                 key_XD, value_GCHd, weights_GCHK = _weights(chunks, block, qkv_T3Hd, ask_DQ, rate_HK, age_NC, max_GHK)
                 grad_GHKf = grad_NHKf[rows]
-                grad_GC3Hd = qkv_T3Hd.new_zeros(G, chunks.chunk, 3, H, d)
+                grad_GC3Hd = qkv_T3Hd.new_empty(G, chunks.chunk, 3, H, d)
+                grad_GC3Hd[:, :, 0] = 0.0
                 grad_scores_GCHK = torch.empty_like(weights_GCHK)
                 for h in range(H):
                     grad_GKd = grad_GHKf[:, h, :, :d]
