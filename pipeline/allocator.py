@@ -7,7 +7,7 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 2**31 - 1  # mallopt takes an int: tensors from 2 GiB on are still mapped
+LARGEST, NEVER = 2**31 - 1, -1  # mallopt takes an int: tensors from 2 GiB on are still mapped
 
 
 def keep_freed_memory() -> str:
@@ -16,6 +16,6 @@ def keep_freed_memory() -> str:
     if own or "LD_PRELOAD" in os.environ:
         return ", ".join(f"{name}={value}" for name, value in own.items()) or f"LD_PRELOAD={os.environ['LD_PRELOAD']}"
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST)):
+    if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, NEVER)):
         return "the system's"  # musl, macOS
     return "glibc, freed memory kept"

@@ -152,3 +152,18 @@ def test_a_history_beyond_its_positions_is_refused():
         make()(*events([65]))
     with pytest.raises(ValueError, match=r"no multiple of sasrec.heads = 3: set width = 63"):
         SasrecConfig(width=64, heads=3)
+
+
+@pytest.mark.parametrize("lengths", [[64], [7, 64, 12]])
+def test_the_fused_kernel_is_taken(lengths):
+    """The baseline of every speed figure: torch would fall back to N x N scores without a word."""
+    model = make(dtype=torch.float32)
+    offsets_B1 = torch.tensor([0, *lengths]).cumsum(0)
+    tokens_TD = torch.randn(sum(lengths), D, requires_grad=True)
+    with torch.profiler.profile() as seen:
+        model(tokens_TD, offsets_B1, torch.zeros(sum(lengths), dtype=torch.int64)).tokens.sum().backward()
+    calls = {event.key: event.count for event in seen.key_averages()}
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    groups = len(Groups.build(offsets_B1).shapes)
+    assert calls[kernel] == calls[f"{kernel}_backward"] == groups * len(model.blocks)
+    assert "aten::_scaled_dot_product_attention_math" not in calls

@@ -172,7 +172,7 @@ class Block(nn.Module):
     def _split(self, x_SX: torch.Tensor, users: int, longest: int) -> tuple[torch.Tensor, ...]:
         """(users*N, parts*D) -> parts of (users, H, N, d)."""
         d = self.out.in_features // self.heads
-        return x_SX.view(users, longest, -1, self.heads, d).permute(2, 0, 3, 1, 4).unbind(0)
+        return x_SX.view(users, longest, -1, self.heads, d).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
 
     def _update(self, x_TD: torch.Tensor, mixed_TD: torch.Tensor) -> torch.Tensor:
         x_TD = x_TD + self.dropout(self.out(mixed_TD))
