@@ -18,13 +18,22 @@ from elastic_rec.feature_store.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class StoreFile:
-    """One data file. first_row: row number of its first user; row_groups: (num_users, num_events) each."""
+    """One data file. first_row: row number of its first user; row_groups: (num_users, num_events) each.
+
+    max_time: of its newest event, in the store's unit.
+    """
 
     path: Location
     first_row: int
     num_users: int
     num_events: int
     row_groups: tuple[tuple[int, int], ...]
+    max_time: int
+    sha256: str
+
+    @property
+    def bucket(self) -> int:
+        return int(self.path.parent.name.removeprefix("bucket="))
 
 
 class Store:
@@ -120,10 +129,16 @@ def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str],
         raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); changed, rerun ingest") from error
 
 
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """Without a copy where there is one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.nulls(0, column.type)])
+
+
 def _list_files(root: Location, manifest: dict) -> list[StoreFile]:
     files, row = [], 0
     for entry in manifest["files"]:
         groups = tuple((users, events) for users, events in entry["row_groups"])
-        files.append(StoreFile(root / entry["path"], row, entry["num_users"], entry["num_events"], groups))
+        counts = entry["num_users"], entry["num_events"]
+        files.append(StoreFile(root / entry["path"], row, *counts, groups, entry["max_time"], entry["sha256"]))
         row += entry["num_users"]
     return files

@@ -5,6 +5,7 @@ An append never moves an id: its new ids come after all old ones, by count withi
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ class Vocabulary:
     def size(self) -> int:
         """Rows an embedding table needs, the two reserved ones included."""
         return len(self.ids) + FIRST
+
+    def digest(self, size: int) -> str:
+        """sha256 of the ids of indices 0..size-1: two vocabularies with one digest agree on them."""
+        ids = self.ids.slice(0, size - FIRST)
+        found = hashlib.sha256(f"{self.ids.type} {size}".encode())
+        if pa.types.is_int64(ids.type):
+            found.update(ids.to_numpy().tobytes())
+        else:
+            found.update(pc.binary_length(ids).to_numpy().tobytes() + "".join(ids.to_pylist()).encode())
+        return found.hexdigest()
 
     def encode(self, raw: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Raw ids -> (len,) int64 indices; ids that are not in the vocabulary, and nulls, give UNKNOWN."""

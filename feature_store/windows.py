@@ -29,6 +29,7 @@ class HistoryWindows:
     """The windows of one batch of users. stage "train": a target behind every event; else one prefix per user.
 
     Laid end to end, the windows are the batch that make_prefix_batch(cuts=0, or cuts=1 outside training) gives.
+    first_B: events of each user that are left out at the start, because a state holds them already.
     """
 
     def __init__(
@@ -42,10 +43,14 @@ class HistoryWindows:
         seed: int,
         epoch: int,
         world_size: int,
+        first_B: np.ndarray | None = None,
     ) -> None:
         self.histories, self.size, self.stage, self.world_size = histories, size, stage, world_size
         cuts = 0 if stage == "train" else 1
         self.prefixes = choose_prefixes(histories, split, stage, cuts, max_history, seed, epoch)
+        if first_B is not None:
+            starts = np.maximum(self.prefixes.starts, histories.offsets[:-1] + first_B)
+            self.prefixes = self.prefixes._replace(starts=starts)
 
     @property
     def count(self) -> int:

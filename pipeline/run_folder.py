@@ -1,7 +1,7 @@
 """A run folder: the resolved config, what it was trained on, checkpoints, metrics.
 
 RUN/config.yaml      every setting of the run
-RUN/tables.json      rows of each embedding table, hash of the store's manifest
+RUN/tables.json      rows of each embedding table, digests of the ids they stand for, hash of the store's manifest
 RUN/checkpoints/, RUN/metrics.jsonl, RUN/tensorboard/, RUN/metrics.json (evaluate)
 """
 
@@ -62,8 +62,9 @@ def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
     dist.barrier()  # nobody writes before everybody has looked
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        rows = {name: task.store.vocabulary(name).size for name in task.columns}
-        write_json(run_dir / "tables.json", {"rows": rows, "store": task.store.manifest["hash"]})
+        digests = {name: task.store.vocabulary(name).digest(rows) for name, rows in task.rows.items()}
+        tables = {"rows": task.rows, "ids": digests, "store": task.store.manifest["hash"]}
+        write_json(run_dir / "tables.json", tables)
         saved = OmegaConf.structured(config)
         # Evaluate and score may be started from elsewhere, and after more days were appended.
         saved.data.store, saved.data.generation = str(task.store.path.resolve()), task.store.generation
@@ -81,15 +82,23 @@ def read_config(run: str | Path) -> TrainConfig:
 
 
 def load_model(
-    run: str, *, checkpoint: str, world: World, parallel: ParallelConfig, store: str = ""
+    run: str,
+    *,
+    checkpoint: str,
+    world: World,
+    parallel: ParallelConfig,
+    store: str = "",
+    config: TrainConfig | None = None,
 ) -> tuple[NextItemTask, nn.Module, int]:
     """Rebuild a run's model on this world and load a checkpoint: "best", "last" or a step number.
 
-    Returns (task, unwrapped sharded model in eval mode, step).
+    store: another than the run's, or the run's in its newest generation. config: the run's, with changes to what does
+    not shape the model. Returns (task, unwrapped sharded model in eval mode, step).
     """
-    config = read_config(run)
-    task = NextItemTask(config, world=world, store=store)
-    task.check_tables(json.loads((Path(run) / "tables.json").read_text())["rows"])
+    config = config or read_config(run)
+    tables = json.loads((Path(run) / "tables.json").read_text())
+    task = NextItemTask(config, world=world, store=store, rows=tables["rows"])
+    task.check_tables(tables.get("ids", {}))
     checkpoints = Checkpoints(Path(run), world=world)
     step = _choose(checkpoints, checkpoint)
     checkpoints.progress(step)  # refuse a half-written one before anything is built

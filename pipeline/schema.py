@@ -6,16 +6,29 @@ Each part's dataclass stands beside the code it configures; this file puts them 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
+from elastic_rec.feature_store.increments import LateEvents
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.splits import SplitConfig
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
+
+
+class ScoreMode(Enum):
+    full = "full"
+    incremental = "incremental"
+
+
+class StateDtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @dataclass
@@ -155,12 +168,64 @@ class EvaluateConfig:
 class ScoreConfig:
     run: str = field(default="", metadata={"help": "run folder of a trained model"})
     out: str = field(default="", metadata={"help": "folder for the Parquet parts"})
+    mode: ScoreMode = field(
+        default=ScoreMode.full,
+        metadata={
+            "help": "full: every user, from the history. incremental: continue the user states that are kept beside "
+            "the store, causal runs only"
+        },
+    )
     checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
-    store: str = field(default="", metadata={"help": "history store to score; empty: the one the model was trained on"})
+    store: str = field(
+        default="",
+        metadata={"help": "history store to score, its newest generation; empty: the one the model was trained on"},
+    )
     k: int = field(default=10, metadata={"help": "items per user"})
     exclude_seen: bool = field(default=True, metadata={"help": "leave out items of the user's own history"})
+    query_time: str = field(
+        default="",
+        metadata={
+            "help": "moment for which the next item is asked: ISO time (UTC unless it says), seconds since 1970, or "
+            "now; for runs with model.time=query, and only for them"
+        },
+    )
+    max_history: int | None = field(
+        default=None,
+        metadata={
+            "help": "full: newest events that reach the model; none: the run's data.max_history; 0: all, which is what "
+            "the states of mode=incremental hold"
+        },
+    )
+    window: int = field(
+        default=1024,
+        metadata={"help": "causal runs: events of a user in memory at a time, the state is carried; 0: all at once"},
+    )
+    late_events: LateEvents = field(
+        default=LateEvents.reencode,
+        metadata={
+            "help": "incremental, events older than a user's state: reencode the user from the whole history, or fold "
+            "them in as if they had come just after"
+        },
+    )
+    state_dtype: StateDtype = field(
+        default=StateDtype.float32, metadata={"help": "incremental: storage of the states' keys and values"}
+    )
     batch_size: int = field(default=256, metadata={"help": "users per batch and rank"})
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
+        self.state_dtype = StateDtype(self.state_dtype)
+        if self.k < 1 or self.batch_size < 1 or self.window < 0 or (self.max_history or 0) < 0:
+            raise ValueError(
+                f"k={self.k}, batch_size={self.batch_size}, window={self.window}, max_history={self.max_history}: set "
+                "k and batch_size to at least 1, the others to at least 0"
+            )
+        if self.mode is ScoreMode.incremental and self.max_history:
+            raise ValueError(
+                f"max_history={self.max_history} with mode=incremental: a state holds all events; leave max_history "
+                "out, or set mode=full"
+            )
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Batch scoring: one Parquet part per store file, each committed by a rename, the manifest last.
+"""Batch scoring: one Parquet part per bucket of the store, each committed by a rename, the manifest last.
 
     OUT/job.json              what is being scored, with what; a rerun with other settings is refused
     OUT/part-00003.parquet    user_id, item_ids list, scores list; best first
@@ -14,8 +14,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -23,110 +26,198 @@ import torch.distributed as dist
 from torch import nn
 
 from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
+from elastic_rec.feature_store.splits import parse_time_s
+from elastic_rec.feature_store.store import StoreFile
+from elastic_rec.models.elastic.config import Attention, Time
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs
 from elastic_rec.pipeline.files import write_json
-from elastic_rec.pipeline.schema import ScoreConfig
-from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.retrieval import ShardedCatalogue
+from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, TrainConfig
+from elastic_rec.pipeline.task import ALL, NextItemTask, query_windows
+
+Item = TypeVar("Item")
+
+
+def scoring_config(run: TrainConfig, config: ScoreConfig) -> TrainConfig:
+    """The run's config with what scoring reads of a history: how much of it, and how much at a time."""
+    is_causal = run.model.attention is Attention.causal
+    if config.max_history is not None:
+        if run.model.attention is Attention.full and config.max_history != run.data.max_history:
+            raise ConfigError(
+                f"max_history={config.max_history}, but the run's model has positions for {run.data.max_history} "
+                "events: leave max_history out"
+            )
+        run.data.max_history = config.max_history or ALL
+    if config.mode is ScoreMode.incremental:
+        run.data.max_history = ALL
+    run.data.window = config.window if is_causal else 0
+    return run
 
 
 def score_store(task: NextItemTask, model: nn.Module, *, step: int, config: ScoreConfig) -> dict:
     """Score every user of task.store into config.out. Collective. Returns figures."""
-    out, world = Path(config.out), task.world
+    out, world, files = Path(config.out), task.world, task.store.files
     start = time.perf_counter()
-    _open_job(out, task, step=step, config=config)
-    todo = [i for i in range(len(task.store.files)) if not _part(out, i).exists()]
-    skipped = len(task.store.files) - len(todo)
-    world.say(f"{len(todo)} parts to score, {skipped} done before")
+    asked_s = query_time_s(task, config)
+    history = {"store": task.store.manifest["hash"], "max_history": task.config.data.max_history}
+    open_job(out, {**job_settings(config, step=step), **history, "query_time": asked_s}, world)
+    todo = [i for i, file in enumerate(files) if not part_path(out, file).exists()]
+    world.say(f"{len(todo)} parts to score, {len(files) - len(todo)} done before")
     catalogue = open_catalogue(model, world)
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
+        users = iter(()) if mine is None else task.file_histories(mine, batch_size=config.batch_size)
         tables = []
-        for histories, batch in _lockstep(task, mine, config.batch_size):
+        for item in lockstep(users, world):
+            histories = task.nobody() if item is None else item
             with torch.no_grad():
-                query_RD = model.query(batch.to(world.device))
-                seen = seen_pairs(histories, task, "score") if config.exclude_seen else None
-                ids_Rk, score_Rk = catalogue.top_k(query_RD, config.k, seen)
-            tables.append(_to_arrow(task, histories, ids_Rk.cpu(), score_Rk.cpu()))
+                windows = asked_after(task.score_windows(histories), query_gaps(histories, asked_s))
+                query_RD, _ = query_windows(model, windows, world.device)
+            tables.append(recommend(task, catalogue, query_RD, histories, config))
         if mine is not None:
-            _commit(_part(out, mine), pa.concat_tables(tables))
-    dist.barrier()
-    rows = [pq.read_metadata(_part(out, i)).num_rows for i in range(len(task.store.files))]
-    if world.is_main:
-        parts = [{"path": _part(out, i).name, "users": n} for i, n in enumerate(rows)]
-        write_json(out / "manifest.json", {"parts": parts, "users": sum(rows), "k": config.k})
+            commit(part_path(out, files[mine]), pa.concat_tables(tables))
+    rows = close_job(out, task, {"k": config.k})
     seconds = time.perf_counter() - start
-    scored = sum(rows[i] for i in todo)
     return {
         "out": str(out),
         "users": sum(rows),
         "parts": len(rows),
-        "skipped_parts": skipped,
+        "skipped_parts": len(files) - len(todo),
         "seconds": round(seconds, 2),
-        "users_per_s": round(scored / seconds, 1),
+        "users_per_s": round(sum(rows[i] for i in todo) / seconds, 1),
     }
 
 
-def _lockstep(task: NextItemTask, file_index: int | None, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:
-    """This rank's batches, then padding batches until every rank has run out."""
-    batches = task.file_batches(file_index, batch_size=batch_size) if file_index is not None else iter(())
+def query_time_s(task: NextItemTask, config: ScoreConfig) -> int | None:
+    """The moment, in whole seconds, for which the next item is asked; None for models that do not ask. Collective."""
+    asks = task.config.model.time is Time.query
+    if asks and not config.query_time:
+        raise ConfigError(
+            "the run was trained with model.time=query, its scores depend on when they are asked for: set query_time "
+            "to an ISO time, seconds since 1970, or now"
+        )
+    if not asks:
+        if config.query_time:
+            raise ConfigError(
+                f"query_time={config.query_time}, but the run was trained with "
+                f"model.time={task.config.model.time.value}: it does not know of a query's time, leave query_time out"
+            )
+        return None
+    if config.query_time == "now":
+        begun = Path(config.out) / "job.json"  # a restart asks for the same moment
+        before = json.loads(begun.read_text()).get("query_time") if begun.exists() else None
+        moment = torch.tensor(int(time.time()) if before is None else before, device=task.world.device)
+        dist.broadcast(moment, 0)
+        asked_s = int(moment)
+    else:
+        try:
+            asked_s = parse_time_s(config.query_time)
+        except ValueError as error:
+            raise ConfigError(f"query_time: {error}") from error
+    newest_s = max(file.max_time for file in task.store.files) // UNITS_PER_SECOND[task.store.time_unit]
+    if asked_s < newest_s:
+        raise ConfigError(
+            f"query_time={config.query_time} ({asked_s}) is before the store's newest event ({newest_s}): what was "
+            "wanted then can't be asked of histories that go on; set a later time"
+        )
+    return asked_s
+
+
+def query_gaps(histories: Histories, asked_s: int | None) -> np.ndarray:
+    """(B,) seconds from each user's newest event to asked_s; -1: unknown, or no event."""
+    gap_s_B = np.full(len(histories.rows), -1, np.int64)
+    if asked_s is not None:
+        some_B = np.diff(histories.offsets) > 0
+        gap_s_B[some_B] = asked_s - histories.times_s[histories.offsets[1:][some_B] - 1]
+    return gap_s_B
+
+
+def asked_after(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator[PrefixBatch]:
+    for batch in windows:
+        yield replace(batch, query_gap_s=torch.from_numpy(gap_s_B))
+
+
+def lockstep(items: Iterator[Item], world: World) -> Iterator[Item | None]:
+    """This rank's items, then None until every rank has run out."""
     while True:
-        item = next(batches, None)
-        someone = torch.tensor(int(item is not None), device=task.world.device)
+        item = next(items, None)
+        someone = torch.tensor(int(item is not None), device=world.device)
         dist.all_reduce(someone, op=dist.ReduceOp.MAX)
         if not someone:
             return
-        yield item if item is not None else task.padding_batch()
+        yield item
 
 
-def _to_arrow(task: NextItemTask, histories: Histories, ids_Rk: torch.Tensor, score_Rk: torch.Tensor) -> pa.Table:
+def recommend(
+    task: NextItemTask, catalogue: ShardedCatalogue, query_RD: torch.Tensor, histories: Histories, config: ScoreConfig
+) -> pa.Table:
+    """Top-k of each user, padding left out. histories: what they have seen. Collective."""
+    seen = seen_pairs(histories, task, "score") if config.exclude_seen else None
+    ids_Rk, score_Rk = (found.cpu() for found in catalogue.top_k(query_RD, config.k, seen))
     real = histories.rows >= 0
     ids_Rk, score_Rk = ids_Rk[torch.from_numpy(real)], score_Rk[torch.from_numpy(real)]
     filled = ids_Rk >= 0
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), filled.sum(1).cumsum(0)]).to(torch.int32).numpy()
-    item_ids = task.store.vocabulary("item").decode(ids_Rk[filled].numpy())
-    return pa.table(
-        {
-            "user_id": task.store.user_ids(histories.rows[real]),
-            "item_ids": pa.ListArray.from_arrays(pa.array(offsets), item_ids),
-            "scores": pa.ListArray.from_arrays(pa.array(offsets), pa.array(score_Rk[filled].numpy())),
-        }
+    schema = _schema(task)
+    lists = (task.store.vocabulary("item").decode(ids_Rk[filled].numpy()), pa.array(score_Rk[filled].numpy()))
+    lists = (
+        pa.ListArray.from_arrays(pa.array(offsets), values, type=schema.field(name).type)
+        for name, values in zip(("item_ids", "scores"), lists, strict=True)
     )
+    return pa.table([task.store.user_ids(histories.rows[real]), *lists], schema=schema)
 
 
-def _open_job(out: Path, task: NextItemTask, *, step: int, config: ScoreConfig) -> None:
-    """Write job.json, or check that a restart does the same job."""
-    job = {
-        "run": str(Path(config.run).resolve()),
-        "step": step,
-        "store": task.store.manifest["hash"],
-        "k": config.k,
-        "exclude_seen": config.exclude_seen,
-    }
+def _schema(task: NextItemTask) -> pa.Schema:
+    user, item = (ARROW_TYPES[task.store.manifest["vocabularies"][name]["type"]] for name in ("user", "item"))
+    lists = {"item_ids": pa.list_(pa.field("element", item)), "scores": pa.list_(pa.field("element", pa.float32()))}
+    return pa.schema({"user_id": user, **lists})
+
+
+def job_settings(config: ScoreConfig, *, step: int) -> dict:
+    run = str(Path(config.run).resolve())
+    return {"mode": config.mode.value, "run": run, "step": step, "k": config.k, "exclude_seen": config.exclude_seen}
+
+
+def open_job(out: Path, settings: dict, world: World) -> None:
+    """Write job.json, or check that a restart does the same job. Collective."""
     known = out / "job.json"
     if known.exists():
         was = json.loads(known.read_text())
-        changed = [key for key in job if was.get(key) != job[key]]
+        changed = [key for key in settings if was.get(key) != settings[key]]
         if changed:
             key = changed[0]
             raise ConfigError(
-                f"{out} holds scores made with {key}={was.get(key)!r}, asked for now: {job[key]!r}; "
+                f"{out} holds scores made with {key}={was.get(key)!r}, asked for now: {settings[key]!r}; "
                 "give another out=DIR, or remove that folder"
             )
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"{out} is not empty and holds no scores (no job.json): give another out=DIR")
     dist.barrier()  # nobody writes before everybody has looked
-    if task.world.is_main:
+    if world.is_main and not known.exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_json(known, job)
+        write_json(known, settings)
     dist.barrier()
 
 
-def _part(out: Path, index: int) -> Path:
-    return out / f"part-{index:05d}.parquet"
+def close_job(out: Path, task: NextItemTask, about: dict) -> list[int]:
+    """Write manifest.json when all ranks have committed their parts. Returns the parts' rows. Collective."""
+    dist.barrier()
+    paths = [part_path(out, file) for file in task.store.files]
+    rows = [pq.read_metadata(path).num_rows for path in paths]
+    if task.world.is_main:
+        parts = [{"path": path.name, "users": n} for path, n in zip(paths, rows, strict=True)]
+        write_json(out / "manifest.json", {"parts": parts, "users": sum(rows), **about})
+    return rows
 
 
-def _commit(path: Path, table: pa.Table) -> None:
+def part_path(out: Path, file: StoreFile) -> Path:
+    return out / f"part-{file.bucket:05d}.parquet"
+
+
+def commit(path: Path, table: pa.Table) -> None:
     aside = path.with_suffix(".tmp")
     pq.write_table(table, aside, compression="zstd")
-    aside.rename(path)
+    aside.replace(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.vocabulary import UNKNOWN
 from elastic_rec.feature_store.windows import HistoryWindows
 from elastic_rec.models.elastic.config import Time
 from elastic_rec.models.heads.retrieval import EventTable, RetrievalModel
@@ -23,22 +25,28 @@ from elastic_rec.pipeline.losses import FullCandidates, SampledCandidates
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import init_device
 
+ALL = 1 << 62  # more events than a history has
+
 
 class NextItemTask:
     """What train, evaluate and score build alike from a training config."""
 
-    def __init__(self, config: TrainConfig, *, world: World, store: str = "") -> None:
+    def __init__(
+        self, config: TrainConfig, *, world: World, store: str = "", rows: dict[str, int] | None = None
+    ) -> None:
+        """rows: of the tables of a trained run. A store that was appended to may have more ids: they are unknown."""
         self.config = config
         self.world = world
         # A run's generation says nothing about another store.
         self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
         self.columns = ["item", *config.data.columns]
-        self.num_items = self.store.vocabulary("item").size
+        self.rows = rows or {name: self.store.vocabulary(name).size for name in self.columns}
+        self.num_items = self.rows["item"]
 
     def build_model(self) -> RetrievalModel:
         """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib)."""
         torch.manual_seed(self.config.run.seed)
-        tables = [EventTable(name, self.store.vocabulary(name).size) for name in self.columns]
+        tables = [EventTable(name, self.rows[name]) for name in self.columns]
         if self.config.model.time is not Time.none:
             tables.append(EventTable("gap", NUM_GAP_BUCKETS))
         rows = sum(table.num_rows for table in tables) + self.config.memory.enabled * self.config.memory.num_keys**2
@@ -81,10 +89,22 @@ class NextItemTask:
         for histories in self._reader(batch_size, shuffle=False).epoch(0):
             yield histories, self._batches(histories, stage)
 
-    def file_batches(self, file_index: int, *, batch_size: int) -> Iterator[tuple[Histories, PrefixBatch]]:
-        """The users of one store file, whole histories, for scoring."""
+    def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:
+        """The users of one store file, for scoring."""
         for histories in self._reader(batch_size, shuffle=False).file_histories(file_index, batch_size):
-            yield histories, self._batch(histories, "score")
+            yield self.known(histories)
+
+    def score_windows(self, histories: Histories, first_B: np.ndarray | None = None) -> Iterator[PrefixBatch]:
+        """Histories to be scored, in windows; without each user's first_B events, which a state holds. Collective."""
+        return self._batches(histories, "score", first_B=first_B)
+
+    def known(self, histories: Histories) -> Histories:
+        """Ids that came after the run was trained become UNKNOWN: its tables have no rows for them."""
+        columns = {
+            name: np.where(ids < self.rows[name], ids, UNKNOWN) if name in self.rows else ids
+            for name, ids in histories.columns.items()
+        }
+        return replace(histories, columns=columns)
 
     def _reader(self, global_batch_size: int, *, shuffle: bool) -> HistoryReader:
         return HistoryReader(
@@ -97,13 +117,15 @@ class NextItemTask:
             seed=self.config.run.seed,
         )
 
-    def _batches(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> Iterator[PrefixBatch]:
+    def _batches(
+        self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None, first_B: np.ndarray | None = None
+    ) -> Iterator[PrefixBatch]:
         """The batch of some histories, or its windows, of which all ranks make equally many."""
         size = self.config.data.window
-        if not size:
+        if not size and first_B is None:
             yield self._batch(histories, stage, epoch=epoch, candidates=candidates and candidates())
             return
-        windows = HistoryWindows(histories, size=size, **self._settings(stage, epoch))
+        windows = HistoryWindows(histories, size=size or ALL, first_B=first_B, **self._settings(stage, epoch))
         count = torch.tensor(windows.count, device=self.world.device)
         dist.all_reduce(count, op=dist.ReduceOp.MAX)
         for number in range(int(count)):
@@ -124,25 +146,34 @@ class NextItemTask:
             "world_size": self.world.size,
         }
 
-    def padding_batch(self) -> tuple[Histories, PrefixBatch]:
+    def nobody(self) -> Histories:
         """One user without events: what a rank brings to a collective step when it has nothing left to do."""
-        nobody = Histories(
+        return Histories(
             rows=np.full(1, -1, dtype=np.int64),
             offsets=np.zeros(2, dtype=np.int64),
             columns={name: np.zeros(0, dtype=np.int64) for name in self.columns},
             times_s=np.zeros(0, dtype=np.int64),
             num_global_users=0,
         )
-        return nobody, self._batch(nobody, "score")
 
-    def check_tables(self, rows: dict[str, int]) -> None:
-        """Refuse a store whose vocabularies are not the ones a run was trained with."""
-        for name in self.columns:
-            have = self.store.vocabulary(name).size
-            if have != rows[name]:
+    def check_tables(self, digests: dict[str, str]) -> None:
+        """Refuse a store whose ids are not those of the run's tables, or those and newer ones.
+
+        digests: of the vocabularies a run was trained with; runs from before there were digests have none.
+        """
+        for name, rows in self.rows.items():
+            vocabulary = self.store.vocabulary(name)
+            have = vocabulary.size
+            same = have >= rows and vocabulary.digest(rows) == digests[name] if name in digests else have == rows
+            if not same:
                 raise ConfigError(
-                    f"store {self.store.path} has {have} ids in column {name!r}, the run's table {rows[name]} rows: "
+                    f"store {self.store.path} has {have} ids in column {name!r}, the run's table {rows} rows: "
                     "the ids would not mean the same items; use the store of the run, or train on this one"
+                )
+            if have > rows:
+                self.world.say(
+                    f"column {name!r} has {have - rows} ids that are newer than the run: they count as unknown, and "
+                    "are not recommended"
                 )
 
 

@@ -29,6 +29,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
+from elastic_rec.models.elastic.state import UserState
 from elastic_rec.models.elastic.tower import TowerOutput, build_tower
 from elastic_rec.models.elastic.windows import WindowedTower
 from elastic_rec.models.heads.softmax import SOFTMAX, SoftmaxKind
@@ -221,6 +222,14 @@ class RetrievalModel(nn.Module):
         output = self.encode(batch)
         with self.autocast():
             return self.head(output, batch.query_gap_s).float()
+
+    def step(self, batch, state: UserState) -> tuple[torch.Tensor, UserState]:
+        """Causal only. The batch's events are those since `state`: (query_RD after them, the next states)."""
+        embedded = self.embeddings(batch.features)
+        with self.autocast():
+            tokens = self.prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
+            output, state = self.tower.step(*tokens, state, every=False)
+            return self.head(output, batch.query_gap_s).float(), state
 
     def encode(self, batch) -> TowerOutput:
         embedded = self.embeddings(batch.features)
