@@ -118,7 +118,12 @@ class StateWriter:
         fields += [pa.field(STATE, pa.binary(about["state_bytes"]), nullable=False)]
         self._schema = pa.schema(fields, metadata={ABOUT: json.dumps(about)})
         self._writer = pq.ParquetWriter(
-            self._aside, self._schema, compression="zstd", use_dictionary=[], write_page_checksum=True
+            self._aside,
+            self._schema,
+            compression="zstd",
+            use_dictionary=[],
+            write_statistics=[USER, *CLOCK],
+            write_page_checksum=True,
         )
 
     def add(self, user_ids: pa.Array, clocks: Clocks, states_US: np.ndarray) -> None:

@@ -188,7 +188,8 @@ def test_refusals(tmp_path):
     with folder.writing(), pytest.raises(DataError, match="another job is folding"), folder.writing():
         pass
     whole = Path(folder.file_path(file)).read_bytes()
-    where = pq.ParquetFile(Path(folder.file_path(file))).metadata.row_group(0).column(4).data_page_offset + 60
+    column = pq.ParquetFile(Path(folder.file_path(file))).metadata.row_group(0).column(4)
+    where = column.data_page_offset + column.total_compressed_size - 8
     Path(folder.file_path(file)).write_bytes(whole[:where] + bytes([whole[where] ^ 1]) + whole[where + 1 :])
     with pytest.raises(DataError, match="cannot be decoded"):
         states_of(store)
