@@ -131,10 +131,11 @@ class SlotReader(nn.Module):
         self, looked_up: dict[str, JaggedTensor], weights_BKS: torch.Tensor, seeds_BKD: torch.Tensor
     ) -> torch.Tensor:
         B, K, S = weights_BKS.shape
-        slots_XSD = (
-            looked_up["slot"].values().to(weights_BKS.dtype).view(B * K, S, -1)
-        )  # a sharded lookup is waited for
-        return seeds_BKD + torch.bmm(weights_BKS.view(B * K, 1, S), slots_XSD).view(B, K, -1)
+        slots_XSD = looked_up["slot"].values().view(B * K, S, -1)  # a sharded lookup is waited for
+        dtype = torch.promote_types(slots_XSD.dtype, weights_BKS.dtype)
+        with torch.autocast(slots_XSD.device.type, enabled=False):  # casting the rows costs more than adding them up
+            read_X1D = torch.bmm(weights_BKS.to(dtype).view(B * K, 1, S), slots_XSD.to(dtype))
+        return seeds_BKD + read_X1D.view(B, K, -1).to(seeds_BKD.dtype)
 
 
 class InterestMemory(nn.Module):
