@@ -54,15 +54,15 @@ def add(store: Path, path: str) -> None:
 
 
 class Setting:
-    """A store of one day, and runs trained on it for a few steps: "plain", and "asks" with model.time=query."""
+    """A store of one day, and a run trained on it for a few steps."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder, self.store, self.run = folder, folder / "store", folder / "run"
         source = [day_file(folder, 0)]
         settings = {"context_columns": ["action"], "num_buckets": BUCKETS, "row_group_events": 60, "threads": 1}
         ingest(IngestConfig(input=source, out=str(self.store), **settings))
         steps = ["optim.max_steps=12", "run.checkpoint_every=6", "run.keep_last=9"]
-        helpers.run("train", *CAUSAL, *steps, f"data.store={self.store}", f"run.dir={self.run}")
+        helpers.run("train", *CAUSAL, *steps, *overrides, f"data.store={self.store}", f"run.dir={self.run}")
 
     def score(self, world: World, out: str, **settings) -> dict:
         settings = {"batch_size": 8, "k": 6, "checkpoint": "last", "store": str(self.store), **settings}
@@ -236,6 +236,23 @@ def test_half_precision_states_come_close(setting, world):
     got, want = rows(setting.folder / "bf16"), rows(setting.folder / "bf16-full")
     worst = max(abs(np.subtract(row["scores"], want[user]["scores"])).max() for user, row in got.items())
     assert 0 < worst < 0.05
+
+
+def test_the_moment_asked_for_is_asked_of_every_user(world, tmp_path):
+    setting = Setting(tmp_path, "model.time=query")
+    first, later = 1_000_000 + 2 * DAY_S, 1_000_000 + 90 * DAY_S
+    setting.score(world, "daily", mode="incremental", query_time=str(1_000_000 + DAY_S))
+    add(setting.store, day_file(tmp_path, 1))
+    for asked in (first, later):
+        figures = setting.score(world, "daily", mode="incremental", query_time=str(asked))
+        assert (figures["folded_events"] > 0) == (asked == first), "the later question needs no event"
+        setting.score(world, f"full-{asked}", max_history=0, query_time=str(asked))
+        assert_same(rows(tmp_path / "daily"), rows(tmp_path / f"full-{asked}"))
+    assert differing(rows(tmp_path / f"full-{first}"), rows(tmp_path / f"full-{later}"))
+    with pytest.raises(ConfigError, match="depend on when they are asked for: set query_time"):
+        setting.score(world, "refused", mode="incremental")
+    with pytest.raises(ConfigError, match="is before the store's newest event"):
+        setting.score(world, "refused", mode="incremental", query_time="1970-01-05")
 
 
 def test_refusals(setting, world, tmp_path):
