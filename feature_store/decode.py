@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -84,7 +85,7 @@ def concat_users(parts: list[Users]) -> Users:
 class Decoder:
     """columns: event columns to read beside the times. groups: all row groups of the store, in the order of its rows.
 
-    num_decoded_events counts what decode() has read from files, repeats included.
+    num_decoded_events counts what decode() has read from files, repeats included. Safe to use from several threads.
     """
 
     def __init__(self, store: Store, columns: list[str]) -> None:
@@ -98,7 +99,8 @@ class Decoder:
                 self.groups.append(RowGroup(number, group, row, num_users, num_events))
                 row += num_users
         self.num_decoded_events = 0
-        self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
+        self._counting = threading.Lock()
+        self._thread = threading.local()  # each thread has its own open files: Arrow's are not for sharing
         decoded_bytes = store.num_events * 8 * (len(columns) + 1)
         self._cache: dict[int, Users] | None = {} if decoded_bytes <= CACHE_BYTES else None
 
@@ -118,7 +120,8 @@ class Decoder:
             )
         for name, values in users.columns.items():
             self._check_ids(name, values, users, where=where)
-        self.num_decoded_events += num_events
+        with self._counting:
+            self.num_decoded_events += num_events
         if self._cache is not None:
             self._cache[group] = users
         return users
@@ -139,8 +142,10 @@ class Decoder:
                 "the file was not written by ingest, rerun it"
             )
 
-    def _open_file(self, file: int) -> pq.ParquetFile:
-        return open_data_file(self.store.files[file].path)
+    def _open(self, file: int) -> pq.ParquetFile:
+        if not hasattr(self._thread, "open"):
+            self._thread.open = lru_cache(maxsize=_OPEN_FILES)(open_data_file)
+        return self._thread.open(self.store.files[file].path)
 
 
 def _decode_events(events: pa.ChunkedArray, first_row: int, names: list[str]) -> Users:

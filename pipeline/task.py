@@ -76,6 +76,8 @@ class NextItemTask:
         step = epoch * reader.num_batches + start_batch
         for histories in reader.epoch(epoch, start_batch=start_batch):
             for batch in self._batches(histories, "train", epoch=epoch, candidates=partial(candidates.at_step, step)):
+                if self.world.device.type == "cuda":
+                    batch = batch.pin_memory()  # from there the copy to the device runs beside the step before
                 if self.config.data.cuts == 0:  # how many targets the global batch has is known to no rank alone
                     total = batch.normaliser.to(self.world.device)
                     dist.all_reduce(total)
@@ -84,7 +86,7 @@ class NextItemTask:
             step += 1
 
     def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, Iterator[PrefixBatch]]]:
-        """All users once, in store order, with their "valid" or "test" target (weight 0 where there is none). A batch
+        """All users once, in a fixed order, with their "valid" or "test" target (weight 0 where there is none). A batch
         of users comes in all its windows (`query_windows`)."""
         for histories in self._reader(batch_size, shuffle=False).epoch(0):
             yield histories, self._batches(histories, stage)

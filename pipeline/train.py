@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 pipeline/train.py data=ml100k run.dir=runs/ml100k
 python pipeline/train.py data=ml100k run.dir=runs/ml100k run.resume=true
 """
 
+from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.evaluation import evaluate, memory_usage
 from elastic_rec.pipeline.launch import World, verb
@@ -45,10 +46,13 @@ def main(config: TrainConfig, world: World) -> dict:
         num_batches=reader.num_batches,
         batches=lambda epoch, start: task.train_batches(reader, epoch=epoch, start_batch=start),
         validate=validate,
+        cursor=reader.cursor,
         user_ids=lambda rows: task.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist(),
     )
     if config.run.resume and not trainer.resume():
         world.say(f"run.resume=true, but {run_dir} has no complete checkpoint: starting from the beginning")
+    elif trainer.progress.cursor:
+        Cursor(**trainer.progress.cursor).check(task.store, rank=world.rank, world_size=world.size)
     progress = trainer.run()
     log.close()
     return {

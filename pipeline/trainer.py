@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipeline
 from torchrec.optim.keyed import CombinedOptimizer
 
 from elastic_rec.feature_store.batch import PrefixBatch
+from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import NonFiniteLossError
 from elastic_rec.pipeline.launch import World
@@ -25,7 +26,8 @@ from elastic_rec.pipeline.schema import TrainConfig
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint. epoch and batch name the next batch to train on."""
+    """Where a run stands; saved with every checkpoint. epoch and batch name the next batch to train on; cursor is the
+    same for the reader, with the hash of what it reads."""
 
     step: int = 0
     epoch: int = 0
@@ -33,13 +35,15 @@ class Progress:
     best: float = float("-inf")
     best_step: int = 0
     bad_epochs: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
     """Trains a sharded model.
 
     batches(epoch, start_batch) yields this rank's batches; validate() returns figures, "ndcg@10" among them;
-    user_ids(rows) names users in errors. Each rank's loss is its share of the global batch's loss, times ranks.
+    user_ids(rows) names users in errors; cursor(epoch, batch) is the reader's. Each rank's loss is its share of the
+    global batch's loss, times ranks.
 
     A batch may come in windows: an update of the weights each, but one step of the run (schedule, log, checkpoint),
     after the last of them, where no state is carried.
@@ -59,10 +63,12 @@ class Trainer:
         batches: Callable[[int, int], Iterator[PrefixBatch]],
         validate: Callable[[], dict[str, Any]],
         user_ids: Callable[[torch.Tensor], list],
+        cursor: Callable[[int, int], Cursor],
     ) -> None:
         self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
         self.config, self.world, self.checkpoints, self.log = config, world, checkpoints, log
         self.num_batches, self.batches, self.validate, self.user_ids = num_batches, batches, validate, user_ids
+        self.cursor = cursor
         self.progress = Progress()
         self.total_steps = planned_steps(config, num_batches)
 
@@ -151,6 +157,7 @@ class Trainer:
         )
 
     def _save(self, *, is_best: bool) -> None:
+        self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
         self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
 
