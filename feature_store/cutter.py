@@ -120,7 +120,7 @@ def build_histories(events: pa.Table, offsets: np.ndarray, schema: pa.Schema) ->
         pa.array(offsets, pa.int32()), pa.StructArray.from_arrays(flat, fields=leaves), type=type
     )
     users = events[USER].combine_chunks().take(pa.array(offsets[:-1])).cast(schema.field(USER).type)
-    return pa.table([users, lists], schema=schema)
+    return pa.table([users, pa.array(np.diff(offsets), pa.int32()), lists], schema=schema)
 
 
 def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from elastic_rec.feature_store.batch import Histories
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
-from elastic_rec.feature_store.schema import EVENTS, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
+from elastic_rec.feature_store.schema import EVENTS, NUM_EVENTS, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
 from elastic_rec.feature_store.store import Store, open_data_file, read_row_groups
 
 # Stores whose decoded leaves fit in this many bytes (per decoder) are decoded once and kept for later epochs.
@@ -125,6 +125,14 @@ class Decoder:
         if self._cache is not None:
             self._cache[group] = users
         return users
+
+    def lengths(self, group: int) -> np.ndarray:
+        """(U,) events of each user of a row group, without decoding them."""
+        file, number, *_ = self.groups[group]
+        path, opened = self.store.files[file].path, self._open(file)
+        if NUM_EVENTS in opened.schema_arrow.names:
+            return read_row_groups(opened, [number], [NUM_EVENTS], path)[NUM_EVENTS].to_numpy()
+        return np.diff(self.decode(group).offsets)  # a store from before lengths were kept
 
     def user_ids(self, group: int) -> pa.Array:
         file, number, *_ = self.groups[group]

@@ -16,7 +16,7 @@ A block with fewer groups than ranks is decoded by all of them, and each takes a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +25,12 @@ from elastic_rec.feature_store.hashing import counter_hash, counter_uniform
 from elastic_rec.feature_store.jagged import offsets_of
 
 ROW_GROUPS_PER_BLOCK = 16
-_GROUPS, _PLACES, _UNITS = 1, 5, 2  # tell the uses of counter_hash apart
+_GROUPS, _PLACES, _UNITS, _CLASSES = 1, 5, 2, 7  # tell the uses of counter_hash apart
 
 
 class Share(NamedTuple):
-    """What one rank takes of one row group: its units `picks` (numbers in the group's drawn order, ascending), which
-    stand at `positions` (ascending) of the epoch."""
+    """What one rank takes of one row group: its units `picks` (numbers in the group's drawn order), which stand at
+    `positions` (ascending) of the epoch."""
 
     group: int
     picks: np.ndarray
@@ -38,11 +38,16 @@ class Share(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Units [start, stop) of the epoch, and this rank's shares of it; groups without units are in no block."""
+    """Units [start, stop) of the epoch, and this rank's shares of it; groups without units are in no block.
+
+    members: all its row groups. places: of their units, group after group in drawn order, the place within the block.
+    """
 
     start: int
     stop: int
     shares: list[Share]
+    members: list[int]
+    places: np.ndarray
 
 
 def epoch_blocks(
@@ -55,15 +60,19 @@ def epoch_blocks(
     rank: int,
     world_size: int,
     row_groups_per_block: int = ROW_GROUPS_PER_BLOCK,
+    classes_of: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[Block]:
-    """num_units_G: units of each row group of the store. costs_G: what reading one costs (events), to balance ranks."""
+    """num_units_G: units of each row group of the store. costs_G: what reading one costs (events), to balance ranks.
+    classes_of(group): a class (int) of each of its units, in drawn order: units of one class then stand together in a
+    block, the classes in an order drawn for the block."""
     groups = np.flatnonzero(num_units_G)
     if shuffle:
         groups = groups[np.argsort(counter_hash(_GROUPS, seed, epoch, groups), kind="stable")]
     start = 0
     for members in np.array_split(groups, max(1, len(groups) // row_groups_per_block)):
         counts = num_units_G[members]
-        places = _places(members, counts, seed=seed, epoch=epoch, shuffle=shuffle)
+        classes = [classes_of(group) for group in members.tolist()] if classes_of and len(members) else None
+        places = _places(members, counts, classes, seed=seed, epoch=epoch, shuffle=shuffle)
         stop = start + int(counts.sum())
         edges = offsets_of(counts)
         owner = _owners(costs_G[members], world_size)
@@ -76,8 +85,9 @@ def epoch_blocks(
                 picks = np.arange(len(positions))
             else:
                 continue
+            picks = picks[np.argsort(positions[picks], kind="stable")]
             shares.append(Share(group, picks, positions[picks]))
-        yield Block(start, stop, shares)
+        yield Block(start, stop, shares, members.tolist(), places)
         start = stop
 
 
@@ -88,16 +98,29 @@ def drawn_order(keys: np.ndarray, *, seed: int, epoch: int, shuffle: bool) -> np
     return np.argsort(counter_hash(_UNITS, seed, epoch, keys), kind="stable")
 
 
-def _places(members: np.ndarray, counts: np.ndarray, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Place within the block of every unit, group after group; rising within a group."""
+def _places(
+    members: np.ndarray,
+    counts: np.ndarray,
+    classes: list[np.ndarray] | None,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool,
+) -> np.ndarray:
+    """Place within the block of every unit, group after group; without classes rising within a group."""
     group_N = np.repeat(members, counts)
     j_N = np.arange(len(group_N)) - np.repeat(offsets_of(counts)[:-1], counts)
     u_N = counter_uniform(_PLACES, seed, epoch, group_N, j_N) if shuffle else 0.5
-    order = np.argsort((j_N + u_N) / np.repeat(counts, counts), kind="stable")
+    fraction_N = (j_N + u_N) / np.repeat(counts, counts)
+    if classes is None:
+        order = np.argsort(fraction_N, kind="stable")
+    else:
+        class_N = np.concatenate(classes)
+        keys = counter_hash(_CLASSES, seed, epoch, int(members[0]), class_N) if shuffle else class_N
+        order = np.lexsort((fraction_N, keys))
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
-    # Rounding may let two neighbours of a group trade places; their order in the group is the place's.
-    return places[np.lexsort((places, np.repeat(np.arange(len(counts)), counts)))]
+    return places
 
 
 def _owners(costs: np.ndarray, world_size: int) -> np.ndarray | None:

@@ -44,6 +44,10 @@ class HistoryReader:
     workers: threads that decode ahead, a block each; 0: none.
     row_groups_per_block: part of the order. More of them shuffle more widely and balance more ranks (a block has
     several groups for each rank), and take as much more memory: a rank holds its share of workers + 2 blocks.
+    events_per_batch: token budget of a global batch; 0: none. A user counts with at most max_history events. A batch
+    then ends before the user who would exceed it, at global_batch_size users, or with its block; a user who alone
+    exceeds it is a batch of his own. Batches hold as many users as fit, so an epoch has num_batches_in(epoch).
+    bucket_lengths: users of like length (factors of two) stand together, the lengths of a block in a drawn order.
     """
 
     def __init__(
@@ -58,6 +62,9 @@ class HistoryReader:
         seed: int = 0,
         workers: int = 1,
         row_groups_per_block: int = ROW_GROUPS_PER_BLOCK,
+        events_per_batch: int = 0,
+        max_history: int = 1 << 31,
+        bucket_lengths: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} is outside 0..{world_size - 1}; check the launcher")
@@ -77,6 +84,8 @@ class HistoryReader:
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.seed = shuffle, seed
         self.workers, self.row_groups_per_block = workers, row_groups_per_block
+        self.events_per_batch, self.max_history, self.bucket_lengths = events_per_batch, max_history, bucket_lengths
+        self._lengths: dict[int, np.ndarray] = {}
         self._users_G = np.array([group.num_users for group in self.decoder.groups], np.int64)
         self._events_G = np.array([group.num_events for group in self.decoder.groups], np.int64)
 
@@ -86,19 +95,21 @@ class HistoryReader:
 
     @property
     def num_batches(self) -> int:
-        """Global batches in an epoch, the same on every rank; the last may be short."""
+        """Global batches in an epoch, the same on every rank; the last may be short. Not with a budget of events."""
+        if self.events_per_batch:
+            raise ValueError("with events_per_batch epochs differ in their batches: ask num_batches_in(epoch)")
         return -(-self.num_users // self.global_batch_size)
+
+    def num_batches_in(self, epoch: int) -> int:
+        return len(self._all_ends(epoch)) if self.events_per_batch else self.num_batches
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Histories]:
         """Batches start_batch, start_batch + 1, ... of one epoch. Blocks before the first one needed are not read."""
-        if not 0 <= start_batch <= self.num_batches:
-            raise DataError(f"start_batch {start_batch} is outside 0..{self.num_batches}; was the store rebuilt?")
-        return self._batches(epoch, min(start_batch * self.global_batch_size, self.num_users))
+        return self._batches(epoch, self._rows_after(epoch, start_batch))
 
     def cursor(self, epoch: int, batches: int) -> Cursor:
         """Where reading stands after so many batches of an epoch."""
-        rows = min(batches * self.global_batch_size, self.num_users)
-        return Cursor(self.seed, epoch, rows, self.store.manifest["hash"])
+        return Cursor(self.seed, epoch, self._rows_after(epoch, batches), self.store.manifest["hash"])
 
     def resume(self, cursor: Cursor) -> Iterator[Histories]:
         """The rest of a cursor's epoch, in the order it would have had. DataError where store or seed are others."""
@@ -110,14 +121,63 @@ class HistoryReader:
     def _batches(self, epoch: int, begin: int) -> Iterator[Histories]:
         """Batches from position `begin` on."""
         parts: list[Users] = []
-        end = min(begin + self.global_batch_size, self.num_users)
         for loaded in self._loaded(epoch, begin):
-            while loaded.block.start < end and begin < loaded.block.stop:
+            for end in self._ends(loaded.block, begin, epoch).tolist():
                 parts.append(loaded.between(begin, end))
                 if end > loaded.block.stop:
                     break  # the batch goes on in the next block
                 yield self._histories(parts, num_global_users=end - begin)
-                parts, begin, end = [], end, min(end + self.global_batch_size, self.num_users)
+                parts, begin = [], end
+
+    def _ends(self, block: Block, begin: int, epoch: int) -> np.ndarray:
+        """Where the batch that starts at `begin` and those after it end, up to the first to reach the block's end."""
+        size = self.global_batch_size
+        if not self.events_per_batch:
+            return np.minimum(np.arange(begin + size, block.stop + size, size), self.num_users)
+        costs = np.empty(len(block.places), np.int64)
+        costs[block.places] = np.concatenate([self._drawn_lengths(group, epoch) for group in block.members])
+        before = offsets_of(np.minimum(costs, self.max_history))
+        ends, at = [], 0
+        while at < len(costs):
+            fits = int(np.searchsorted(before, before[at] + self.events_per_batch, side="right")) - 1
+            at = min(max(fits, at + 1), at + size, len(costs))
+            ends.append(block.start + at)
+        return np.array([end for end in ends if end > begin], np.int64)
+
+    def _rows_after(self, epoch: int, batches: int) -> int:
+        num_batches = self.num_batches_in(epoch)
+        if not 0 <= batches <= num_batches:
+            raise DataError(f"start_batch {batches} is outside 0..{num_batches}; was the store rebuilt?")
+        if self.events_per_batch:
+            return int(self._all_ends(epoch)[batches - 1]) if batches else 0
+        return min(batches * self.global_batch_size, self.num_users)
+
+    def _all_ends(self, epoch: int) -> np.ndarray:
+        return np.concatenate([self._ends(block, 0, epoch) for block in self._blocks(epoch)])
+
+    def _drawn_lengths(self, group: int, epoch: int) -> np.ndarray:
+        """Events of each user of a row group, in the order drawn for it; every rank needs those of all."""
+        if group not in self._lengths:
+            self._lengths[group] = self.decoder.lengths(group).astype(np.int32)
+        lengths = self._lengths[group]
+        rows = self.decoder.groups[group].first_row + np.arange(len(lengths))
+        return lengths[drawn_order(rows, seed=self.seed, epoch=epoch, shuffle=self.shuffle)]
+
+    def _blocks(self, epoch: int) -> Iterator[Block]:
+        def classes_of(group: int) -> np.ndarray:
+            return np.frexp(self._drawn_lengths(group, epoch))[1]
+
+        return epoch_blocks(
+            self._users_G,
+            self._events_G,
+            seed=self.seed,
+            epoch=epoch,
+            shuffle=self.shuffle,
+            rank=self.rank,
+            world_size=self.world_size,
+            row_groups_per_block=self.row_groups_per_block,
+            classes_of=classes_of if self.bucket_lengths else None,
+        )
 
     def _loaded(self, epoch: int, begin: int) -> Iterator[Loaded]:
         """Blocks from the one with position `begin` on, read ahead."""
@@ -138,15 +198,8 @@ class HistoryReader:
             in_order = np.argsort(positions)
             return Loaded(block, concat_users(parts).take(picks[in_order]), positions[in_order])
 
-        blocks = epoch_blocks(
-            self._users_G,
-            self._events_G,
-            rank=self.rank,
-            world_size=self.world_size,
-            row_groups_per_block=self.row_groups_per_block,
-            **order,
-        )
-        return ahead(load, (block for block in blocks if block.stop > begin), workers=self.workers)
+        blocks = (block for block in self._blocks(epoch) if block.stop > begin)
+        return ahead(load, blocks, workers=self.workers)
 
     def _histories(self, parts: list[Users], *, num_global_users: int) -> Histories:
         users = concat_users(parts)

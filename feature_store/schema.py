@@ -1,6 +1,7 @@
 """Names and Arrow types of a history store: one row per user, one list<struct> column of events.
 
     user_id: int64 | string
+    num_events: int32
     events:  list<struct<timestamp: int64, [event_id: int64 | string,] item: int64, context columns: int64 ...>>
 
 Parquet shreds the struct, so one leaf (`events.list.element.item`) is read without the others, and columns can
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 USER = "user_id"
 EVENTS = "events"
+NUM_EVENTS = "num_events"  # how long the list is: all that batching by events has to read of other ranks' users
 TIMESTAMP = "timestamp"
 EVENT_ID = "event_id"
 ITEM = "item"
@@ -32,7 +34,13 @@ def history_schema(*, user_type: str, event_id_type: str | None, context_columns
         leaves.append(pa.field(EVENT_ID, ARROW_TYPES[event_id_type], nullable=False))
     leaves += [pa.field(name, pa.int64(), nullable=False) for name in [ITEM, *context_columns]]
     events = pa.list_(pa.field("element", pa.struct(leaves), nullable=False))
-    return pa.schema([pa.field(USER, ARROW_TYPES[user_type], nullable=False), pa.field(EVENTS, events, nullable=False)])
+    return pa.schema(
+        [
+            pa.field(USER, ARROW_TYPES[user_type], nullable=False),
+            pa.field(NUM_EVENTS, pa.int32(), nullable=False),
+            pa.field(EVENTS, events, nullable=False),
+        ]
+    )
 
 
 def leaf_path(column: str) -> str:

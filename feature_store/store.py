@@ -142,3 +142,18 @@ def _list_files(root: Location, manifest: dict) -> list[StoreFile]:
         files.append(StoreFile(root / entry["path"], row, *counts, groups, entry["max_time"], entry["sha256"]))
         row += entry["num_users"]
     return files
+
+
+def first_users(store: Store) -> dict[int, list]:
+    """Bucket -> the first user id of each row group of its histories, from the files' footers."""
+    firsts = {}
+    for file in store.files:
+        metadata = open_data_file(file.path).metadata
+        column = metadata.schema.names.index(USER)
+        groups = (metadata.row_group(number).column(column) for number in range(metadata.num_row_groups))
+        firsts[bucket_of_path(file.path)] = [group.statistics.min for group in groups]
+    return firsts
+
+
+def bucket_of_path(path: Location) -> int:
+    return int(path.parent.name.removeprefix("bucket="))

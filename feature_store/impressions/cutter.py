@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from elastic_rec.feature_store.cutter import BUCKET, run_starts
 from elastic_rec.feature_store.jagged import offsets_of
 from elastic_rec.feature_store.schema import ARROW_TYPES, USER
-from elastic_rec.feature_store.store import Store, open_data_file
 
 
 def impression_schema(user_type: str, labels: list[str], context: list[str]) -> pa.Schema:
@@ -54,21 +53,6 @@ class IdSequence:
 
     def __getitem__(self, index: int) -> int | str:
         return self.ids[index].as_py()
-
-
-def first_users(store: Store) -> dict[int, list]:
-    """Bucket -> the first user id of each row group of its histories, from the files' footers."""
-    firsts = {}
-    for file in store.files:
-        metadata = open_data_file(file.path).metadata
-        column = metadata.schema.names.index(USER)
-        groups = (metadata.row_group(g).column(column) for g in range(metadata.num_row_groups))
-        firsts[bucket_of_path(file.path.parent.name)] = [group.statistics.min for group in groups]
-    return firsts
-
-
-def bucket_of_path(folder: str) -> int:
-    return int(folder.removeprefix("bucket="))
 
 
 def group_edges(users: pa.Array, firsts: list) -> list[int]:

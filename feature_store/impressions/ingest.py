@@ -29,7 +29,7 @@ from elastic_rec.feature_store.impressions.items import item_attributes
 from elastic_rec.feature_store.impressions.manifest import FOLDER, ids_digest, write_manifest
 from elastic_rec.feature_store.manifest import MANIFEST, describe_file, put_in_place
 from elastic_rec.feature_store.sources import find_inputs
-from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.store import Store, first_users
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 
 
@@ -135,7 +135,7 @@ def _write(
     """Data files of all buckets; returns their manifest entries."""
     entries: list[dict] = []
     writer = None
-    parts = cutter.cut_impressions(batches, cutter.first_users(store), cap=config.row_group_candidates)
+    parts = cutter.cut_impressions(batches, first_users(store), cap=config.row_group_candidates)
     try:
         for bucket, rows in parts:
             if not entries or entries[-1]["bucket"] != bucket:

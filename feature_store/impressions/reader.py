@@ -16,7 +16,7 @@ from elastic_rec.feature_store.decode import Decoder, no_users
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.impressions.batch import Impressions
 from elastic_rec.feature_store.impressions.config import STAGES, ImpressionSplit
-from elastic_rec.feature_store.impressions.cutter import bucket_of_path, first_users, group_edges
+from elastic_rec.feature_store.impressions.cutter import group_edges
 from elastic_rec.feature_store.impressions.table import ImpressionTable
 from elastic_rec.feature_store.impressions.visits import (
     GroupVisits,
@@ -30,7 +30,7 @@ from elastic_rec.feature_store.impressions.visits import (
 from elastic_rec.feature_store.jagged import offsets_of
 from elastic_rec.feature_store.order import Share, drawn_order, epoch_blocks
 from elastic_rec.feature_store.schema import ITEM
-from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.store import Store, bucket_of_path, first_users
 
 
 class GroupRows(NamedTuple):
@@ -153,7 +153,7 @@ class ImpressionReader:
         firsts = first_users(store)
         first_group: dict[int, int] = {}
         for number, group in enumerate(self.decoder.groups):
-            first_group.setdefault(bucket_of_path(store.files[group.file].path.parent.name), number)
+            first_group.setdefault(bucket_of_path(store.files[group.file].path), number)
         groups = []
         for file, entry in enumerate(self.table.manifest["files"]):
             users, times = self.table.users_and_times(file)
