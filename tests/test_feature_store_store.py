@@ -122,7 +122,7 @@ def test_a_flipped_bit_is_found_when_read(tmp_path):
     store = make_store(tmp_path, random_events(300))
     path = Path(store.files[0].path)
     content = bytearray(path.read_bytes())
-    chunk = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(3)  # items
     content[chunk.dictionary_page_offset + chunk.total_compressed_size - 1] ^= 1
     path.write_bytes(content)
     store = Store.open(store.path)
