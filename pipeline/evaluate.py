@@ -1,4 +1,5 @@
-"""Trained model -> ranking metrics over the whole catalogue, beside popularity and last-item baselines.
+"""Trained model -> metrics: of the next item over the whole catalogue, beside popularity and last-item baselines; or,
+for a run with task=ranking, AUC and its kin over the impressions of the test period.
 
 torchrun --nproc-per-node 2 pipeline/evaluate.py run=runs/ml100k
 """
@@ -9,6 +10,7 @@ from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.evaluation import evaluate
 from elastic_rec.pipeline.files import write_json
 from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.run_folder import load_model
 from elastic_rec.pipeline.schema import EvaluateConfig
 
@@ -16,16 +18,14 @@ from elastic_rec.pipeline.schema import EvaluateConfig
 @verb("evaluate", EvaluateConfig, distributed=True)
 def main(config: EvaluateConfig, world: World) -> dict:
     task, model, step = load_model(config.run, checkpoint=config.checkpoint, world=world, parallel=config.parallel)
-    figures = evaluate(
-        task,
-        model,
-        stage=config.stage,
-        k=config.k,
-        length_edges=config.length_edges,
-        batch_size=config.batch_size,
-        baselines=fit_baselines(task, batch_size=config.batch_size),
-        min_item_count=config.min_item_count,
-    )
+    settings = {"stage": config.stage, "length_edges": config.length_edges, "batch_size": config.batch_size}
+    if isinstance(task, RankingTask):
+        figures = task.evaluate(model, **settings)
+    else:
+        baselines = fit_baselines(task, batch_size=config.batch_size)
+        figures = evaluate(
+            task, model, k=config.k, baselines=baselines, min_item_count=config.min_item_count, **settings
+        )
     figures = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size, **figures}
     if world.is_main:
         target = Path(config.run) / ("metrics.json" if config.stage == "test" else f"metrics_{config.stage}.json")

@@ -13,6 +13,7 @@ from elastic_rec.models.elastic.memory import slot_usage
 from elastic_rec.pipeline.baselines import Baseline
 from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
+from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.sharding import local_rows
 from elastic_rec.pipeline.task import NextItemTask, query_windows
@@ -74,6 +75,16 @@ def evaluate(
     return result
 
 
+def validate(task: NextItemTask | RankingTask, model: nn.Module) -> dict:
+    """What training is judged by after each epoch. Collective."""
+    if isinstance(task, RankingTask):
+        figures = task.evaluate(model, stage="valid", length_edges=[50], batch_size=32 * task.world.size)
+    else:
+        size = 256 * task.world.size
+        figures = evaluate(task, model, stage="valid", k=[10], length_edges=[50], batch_size=size)
+    return {**figures, **memory_usage(model)}
+
+
 def open_catalogue(model: nn.Module, world: World, candidates_V: torch.Tensor | None = None) -> ShardedCatalogue:
     """The catalogue over the model's own item rows; items below FIRST are never ranked."""
     first_row, weight_VD = local_rows(model, "item")
@@ -84,7 +95,7 @@ def open_catalogue(model: nn.Module, world: World, candidates_V: torch.Tensor | 
 
 def memory_usage(model: nn.Module) -> dict[str, float]:
     """Use of the memory's slots over all ranks since the last call: share hit, effective number. Collective."""
-    memory = getattr(model.tower, "memory", None)  # peers have none
+    memory = getattr(model.tower, "memory", None)  # peers, and their absent towers, have none
     if memory is None:
         return {}
     counts_M = memory.select.counts

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from elastic_rec.pipeline.launch import World
 
+SHOWN = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "ne")  # of a validation, on the screen
 LINE_EVERY_S = 10.0  # between two lines where there is no terminal
 
 
@@ -62,7 +63,7 @@ class MetricsLog:
             self.next_line = time.monotonic() + LINE_EVERY_S
             self.world.say(f"step {step}/{self.bar.total}  epoch {epoch}  {text}")
         else:
-            shown = "  ".join(f"{name} {figures[name]:.4f}" for name in ("hr@10", "ndcg@10", "mrr"))
+            shown = "  ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures)
             tqdm.write(f"epoch {epoch}  {kind}: {shown}", file=sys.stderr)
 
 

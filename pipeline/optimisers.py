@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -47,10 +47,14 @@ def attach_table_optimisers(model: nn.Module, config: OptimConfig) -> None:
     """Give every table its fused optimiser, with its own learning rate. Must run before sharding."""
     for module in model.modules():
         if isinstance(module, EmbeddingCollection):
-            for table in module.embedding_configs():
-                lr = config.bank_lr if table.name == "bank" else config.table_lr
-                parameters = [module.embeddings[table.name].weight]
-                apply_optimizer_in_backward(RowWiseAdagrad, parameters, {"lr": lr, "eps": config.table_eps})
+            tables = module.embeddings
+        elif isinstance(module, EmbeddingBagCollection):
+            tables = module.embedding_bags
+        else:
+            continue
+        for name, table in tables.items():
+            lr = config.bank_lr if name == "bank" else config.table_lr
+            apply_optimizer_in_backward(RowWiseAdagrad, [table.weight], {"lr": lr, "eps": config.table_eps})
 
 
 def build_optimiser(

@@ -22,12 +22,13 @@ from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.optimisers import attach_table_optimisers
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import ParallelConfig, shard
-from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.task import check_tables
+from elastic_rec.pipeline.tasks import AnyTask, make_task
 
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (
-    "model.", "memory.", "loss.", "data.columns", "data.max_history", "data.cuts", "data.window", "data.split.",
-    "optim.global_batch_size", "run.seed", "run.precision",
+    "task", "model.", "memory.", "loss.", "ranking.", "data.columns", "data.max_history", "data.cuts", "data.window",
+    "data.split.", "data.impression_split.", "optim.global_batch_size", "run.seed", "run.precision",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def keep_generation(config: TrainConfig) -> None:
         config.data.generation = read_config(config.run.dir).data.generation
 
 
-def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
+def open_run(config: TrainConfig, *, task: AnyTask, world: World) -> Path:
     """Make the run folder, or check that a resumed run fits it. Returns its path.
 
     Raises ConfigError when the folder is taken and run.resume is off, or when a setting that shapes the model or
@@ -62,7 +63,7 @@ def open_run(config: TrainConfig, *, task: NextItemTask, world: World) -> Path:
     dist.barrier()  # nobody writes before everybody has looked
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        digests = {name: task.store.vocabulary(name).digest(rows) for name, rows in task.rows.items()}
+        digests = {name: task.vocabulary(name).digest(rows) for name, rows in task.rows.items()}
         tables = {"rows": task.rows, "ids": digests, "store": task.store.manifest["hash"]}
         write_json(run_dir / "tables.json", tables)
         saved = OmegaConf.structured(config)
@@ -89,7 +90,7 @@ def load_model(
     parallel: ParallelConfig,
     store: str = "",
     config: TrainConfig | None = None,
-) -> tuple[NextItemTask, nn.Module, int]:
+) -> tuple[AnyTask, nn.Module, int]:
     """Rebuild a run's model on this world and load a checkpoint: "best", "last" or a step number.
 
     store: another than the run's, or the run's in its newest generation. config: the run's, with changes to what does
@@ -97,8 +98,8 @@ def load_model(
     """
     config = config or read_config(run)
     tables = json.loads((Path(run) / "tables.json").read_text())
-    task = NextItemTask(config, world=world, store=store, rows=tables["rows"])
-    task.check_tables(tables.get("ids", {}))
+    task = make_task(config, world=world, store=store, rows=tables["rows"])
+    check_tables(task, tables.get("ids", {}))
     checkpoints = Checkpoints(Path(run), world=world)
     step = _choose(checkpoints, checkpoint)
     checkpoints.progress(step)  # refuse a half-written one before anything is built

@@ -6,7 +6,7 @@ Each part's dataclass stands beside the code it configures; this file puts them 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from functools import partial
 
 from elastic_rec.feature_store.datasets import DatasetConfig
@@ -15,9 +15,15 @@ from elastic_rec.feature_store.increments import LateEvents
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.splits import SplitConfig
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
+
+
+class Task(StrEnum):
+    next_item = "next_item"
+    ranking = "ranking"
 
 
 class ScoreMode(Enum):
@@ -122,9 +128,14 @@ class IngestVerbConfig:
 
 @dataclass
 class TrainConfig:
+    task: Task = field(
+        default=Task.next_item,
+        metadata={"help": "next_item: which item follows a history. ranking: labels of candidates shown (impressions)"},
+    )
     data: DataConfig = field(default_factory=DataConfig)
     model: TowerConfig = field(default_factory=partial(TowerConfig, attention=Attention.causal))
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    ranking: RankingConfig = field(default_factory=RankingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -133,7 +144,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model.attention is Attention.full and self.memory.enabled:
             raise ValueError("model.attention=full (SASRec) has no interest memory: set memory=off")
-        if self.data.cuts == 0 and self.model.attention is Attention.bidirectional:
+        self.task = Task(self.task)
+        if self.task is Task.next_item and self.data.cuts == 0 and self.model.attention is Attention.bidirectional:
             raise ValueError(
                 f"data.cuts=0 (a target behind every event) with model.attention={self.model.attention.value} "
                 "would train on the answer: set model.attention=causal, or data.cuts=4"

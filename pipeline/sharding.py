@@ -14,11 +14,12 @@ import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.types import ShardingPlan
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import World
@@ -55,21 +56,27 @@ def init_device(table_rows: int, width: int, config: ParallelConfig) -> torch.de
 
 
 def shard(model: nn.Module, *, world: World, config: ParallelConfig, seed: int) -> DistributedModelParallel:
-    """Shard every EmbeddingCollection of `model` by a planner-made plan and wrap the dense rest in DDP.
+    """Shard every collection of tables in `model` by a planner-made plan and wrap the dense rest in DDP.
 
     Table optimisers must have been attached before (optimisers.attach_table_optimisers).
     Raises ConfigError for a row-wise table with fewer rows than ranks or when the tables do not fit.
     """
-    sharder = EmbeddingCollectionSharder(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
-    plan = make_plan(model, sharder, world=world, config=config)
+    sharders: list[ModuleSharder] = [
+        kind(fused_params={"bounds_check_mode": BoundsCheckMode.FATAL})
+        for kind in (EmbeddingCollectionSharder, EmbeddingBagCollectionSharder)
+    ]
+    plan = make_plan(model, sharders, world=world, config=config)
     # Tables made on meta are filled shard by shard: with one seed for all ranks, all shards would be equal.
     torch.manual_seed(seed + 1 + world.rank)
-    return DistributedModelParallel(model, device=world.device, plan=plan, sharders=[sharder])
+    bags = {name: module for name, module in model.named_modules() if isinstance(module, EmbeddingBagCollection)}
+    on_host = {name: bag.state_dict() for name, bag in bags.items() if bag.device.type != "meta"}
+    sharded = DistributedModelParallel(model, device=world.device, plan=plan, sharders=sharders)
+    for name, weights in on_host.items():  # TorchRec keeps an EmbeddingCollection's values, but on a CPU not these
+        sharded.module.get_submodule(name).load_state_dict(weights)
+    return sharded
 
 
-def make_plan(
-    model: nn.Module, sharder: EmbeddingCollectionSharder, *, world: World, config: ParallelConfig
-) -> ShardingPlan:
+def make_plan(model: nn.Module, sharders: list[ModuleSharder], *, world: World, config: ParallelConfig) -> ShardingPlan:
     constraints = {}
     for table in tables(model):
         row_wise = table.name in config.row_wise_tables
@@ -94,17 +101,18 @@ def make_plan(
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(percentage=0.1),
     )
-    return planner.collective_plan(model, [sharder], dist.group.WORLD)
+    return planner.collective_plan(model, sharders, dist.group.WORLD)
 
 
 def tables(model: nn.Module) -> list:
-    """The EmbeddingConfig of every table of an unsharded model."""
-    return [
-        table
-        for module in model.modules()
-        if isinstance(module, EmbeddingCollection)
-        for table in module.embedding_configs()
-    ]
+    """The config of every table of an unsharded model."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, EmbeddingCollection):
+            found += module.embedding_configs()
+        elif isinstance(module, EmbeddingBagCollection):
+            found += module.embedding_bag_configs()
+    return found
 
 
 def plan_table(plan: ShardingPlan) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
-from elastic_rec.feature_store.vocabulary import UNKNOWN
+from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 from elastic_rec.feature_store.windows import HistoryWindows
 from elastic_rec.models.elastic.config import Time
 from elastic_rec.models.heads.retrieval import EventTable, RetrievalModel
@@ -25,11 +26,16 @@ from elastic_rec.pipeline.losses import FullCandidates, SampledCandidates
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import init_device
 
+if TYPE_CHECKING:
+    from elastic_rec.pipeline.ranking_task import RankingTask
+
 ALL = 1 << 62  # more events than a history has
 
 
 class NextItemTask:
     """What train, evaluate and score build alike from a training config."""
+
+    metric = "ndcg@10"  # what the best checkpoint is chosen by
 
     def __init__(
         self, config: TrainConfig, *, world: World, store: str = "", rows: dict[str, int] | None = None
@@ -158,25 +164,29 @@ class NextItemTask:
             num_global_users=0,
         )
 
-    def check_tables(self, digests: dict[str, str]) -> None:
-        """Refuse a store whose ids are not those of the run's tables, or those and newer ones.
+    def vocabulary(self, name: str) -> Vocabulary:
+        return self.store.vocabulary(name)
 
-        digests: of the vocabularies a run was trained with; runs from before there were digests have none.
-        """
-        for name, rows in self.rows.items():
-            vocabulary = self.store.vocabulary(name)
-            have = vocabulary.size
-            same = have >= rows and vocabulary.digest(rows) == digests[name] if name in digests else have == rows
-            if not same:
-                raise ConfigError(
-                    f"store {self.store.path} has {have} ids in column {name!r}, the run's table {rows} rows: "
-                    "the ids would not mean the same items; use the store of the run, or train on this one"
-                )
-            if have > rows:
-                self.world.say(
-                    f"column {name!r} has {have - rows} ids that are newer than the run: they count as unknown, and "
-                    "are not recommended"
-                )
+
+def check_tables(task: NextItemTask | RankingTask, digests: dict[str, str]) -> None:
+    """Refuse a store whose ids are not those of the run's tables, or those and newer ones.
+
+    digests: of the vocabularies a run was trained with; runs from before there were digests have none.
+    """
+    for name, rows in task.rows.items():
+        vocabulary = task.vocabulary(name)
+        have = vocabulary.size
+        same = have >= rows and vocabulary.digest(rows) == digests[name] if name in digests else have == rows
+        if not same:
+            raise ConfigError(
+                f"store {task.store.path} has {have} ids in column {name!r}, the run's table {rows} rows: "
+                "the ids would not mean the same items; use the store of the run, or train on this one"
+            )
+        if have > rows:
+            task.world.say(
+                f"column {name!r} has {have - rows} ids that are newer than the run: they count as unknown, and "
+                "are not recommended"
+            )
 
 
 def query_windows(

@@ -2,25 +2,26 @@
 
 torchrun --nproc-per-node 2 pipeline/train.py data=ml100k run.dir=runs/ml100k
 python pipeline/train.py data=ml100k run.dir=runs/ml100k run.resume=true
+python pipeline/train.py experiment=ml1m_ranking run.dir=runs/ml1m-ranking
 """
 
 from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline.checkpoints import Checkpoints
-from elastic_rec.pipeline.evaluation import evaluate, memory_usage
+from elastic_rec.pipeline.evaluation import validate
 from elastic_rec.pipeline.launch import World, verb
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
 from elastic_rec.pipeline.run_folder import keep_generation, open_run
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import plan_table, shard
-from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.tasks import make_task
 from elastic_rec.pipeline.trainer import Trainer, planned_steps
 
 
 @verb("train", TrainConfig, distributed=True)
 def main(config: TrainConfig, world: World) -> dict:
     keep_generation(config)
-    task = NextItemTask(config, world=world)
+    task = make_task(config, world=world)
     reader = task.train_reader()
     model = task.build_model()
     attach_table_optimisers(model, config.optim)
@@ -30,11 +31,6 @@ def main(config: TrainConfig, world: World) -> dict:
     total_steps = planned_steps(config, reader.num_batches)
     optimiser, scheduler = build_optimiser(model, config.optim, total_steps=total_steps)
     log = MetricsLog(run_dir, world=world, total_steps=total_steps)
-
-    def validate() -> dict:
-        figures = evaluate(task, model.module, stage="valid", k=[10], length_edges=[50], batch_size=256 * world.size)
-        return {**figures, **memory_usage(model.module)}
-
     trainer = Trainer(
         model,
         optimiser,
@@ -45,7 +41,8 @@ def main(config: TrainConfig, world: World) -> dict:
         log=log,
         num_batches=reader.num_batches,
         batches=lambda epoch, start: task.train_batches(reader, epoch=epoch, start_batch=start),
-        validate=validate,
+        validate=lambda: validate(task, model.module),
+        metric=task.metric,
         cursor=reader.cursor,
         user_ids=lambda rows: task.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist(),
     )
@@ -60,7 +57,7 @@ def main(config: TrainConfig, world: World) -> dict:
         "steps": progress.step,
         "epochs": progress.epoch,
         "best_step": progress.best_step,
-        "valid_ndcg@10": progress.best,
+        f"valid_{task.metric}": progress.best,
         "ranks": world.size,
     }
 

@@ -21,6 +21,7 @@ from elastic_rec.pipeline.errors import NonFiniteLossError
 from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import set_step
+from elastic_rec.pipeline.ranking_task import RankingBatch
 from elastic_rec.pipeline.schema import TrainConfig
 
 
@@ -41,9 +42,9 @@ class Progress:
 class Trainer:
     """Trains a sharded model.
 
-    batches(epoch, start_batch) yields this rank's batches; validate() returns figures, "ndcg@10" among them;
-    user_ids(rows) names users in errors; cursor(epoch, batch) is the reader's. Each rank's loss is its share of the
-    global batch's loss, times ranks.
+    batches(epoch, start_batch) yields this rank's batches; validate() returns figures, `metric` among them, which
+    chooses the best checkpoint; user_ids(rows) names users in errors; cursor(epoch, batch) is the reader's. Each rank's
+    loss is its share of the global batch's loss, times ranks.
 
     A batch may come in windows: an update of the weights each, but one step of the run (schedule, log, checkpoint),
     after the last of them, where no state is carried.
@@ -60,15 +61,16 @@ class Trainer:
         checkpoints: Checkpoints,
         log: MetricsLog,
         num_batches: int,
-        batches: Callable[[int, int], Iterator[PrefixBatch]],
+        batches: Callable[[int, int], Iterator[PrefixBatch | RankingBatch]],
         validate: Callable[[], dict[str, Any]],
+        metric: str,
         user_ids: Callable[[torch.Tensor], list],
         cursor: Callable[[int, int], Cursor],
     ) -> None:
         self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
         self.config, self.world, self.checkpoints, self.log = config, world, checkpoints, log
         self.num_batches, self.batches, self.validate, self.user_ids = num_batches, batches, validate, user_ids
-        self.cursor = cursor
+        self.metric, self.cursor = metric, cursor
         self.progress = Progress()
         self.total_steps = planned_steps(config, num_batches)
 
@@ -94,10 +96,10 @@ class Trainer:
                 break
             progress.epoch, progress.batch = progress.epoch + 1, 0
             figures = self.validate()
-            is_best = figures["ndcg@10"] > progress.best
+            is_best = figures[self.metric] > progress.best
             progress.bad_epochs = 0 if is_best else progress.bad_epochs + 1
             if is_best:
-                progress.best, progress.best_step = figures["ndcg@10"], progress.step
+                progress.best, progress.best_step = figures[self.metric], progress.step
             self.log.write("valid", step=progress.step, epoch=progress.epoch, **figures)
             self._save(is_best=is_best)
         if self._out_of_patience():
@@ -202,7 +204,7 @@ class WindowLosses:
 class TimedIterator:
     """At most `limit` batches, with all their windows; counts samples, events and seconds spent waiting for them."""
 
-    def __init__(self, batches: Iterator[PrefixBatch], limit: int) -> None:
+    def __init__(self, batches: Iterator[PrefixBatch | RankingBatch], limit: int) -> None:
         self.batches, self.left = batches, limit
         self.handed_out: deque[HandedOut] = deque()  # batches whose step has not ended yet
         self._reset()
@@ -210,7 +212,7 @@ class TimedIterator:
     def __iter__(self) -> TimedIterator:
         return self
 
-    def __next__(self) -> PrefixBatch:
+    def __next__(self) -> PrefixBatch | RankingBatch:
         if self.left <= 0:
             raise StopIteration
         start = time.perf_counter()

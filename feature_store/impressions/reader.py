@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.feature_store.cutter import run_starts
 from elastic_rec.feature_store.decode import Decoder, no_users
 from elastic_rec.feature_store.errors import DataError
@@ -87,6 +88,11 @@ class ImpressionReader:
     @property
     def num_batches(self) -> int:
         return -(-self.num_visits // self.global_batch_size)
+
+    def cursor(self, epoch: int, batches: int) -> Cursor:
+        """Where reading stands after so many batches of an epoch; its rows are visits."""
+        rows = min(batches * self.global_batch_size, self.num_visits)
+        return Cursor(self.seed, epoch, rows, self.table.store.manifest["hash"])
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Impressions]:
         """Batches start_batch, start_batch + 1, ... of one epoch."""

@@ -101,8 +101,7 @@ class CausalLayer(nn.Module):
         self, tokens_TD: torch.Tensor, experts_RKD: torch.Tensor, read: Read, timeline: Timeline
     ) -> tuple[torch.Tensor, torch.Tensor]:
         R, K, D = experts_RKD.shape
-        experts_RKD = experts_RKD + self.dropout(self.mix(read.mean_RKD))
-        experts_RKD = experts_RKD + self.expert_ffn(experts_RKD)
+        experts_RKD = self.update(experts_RKD, read.mean_RKD)
         key_value = self.expert_key_value(self.norm_experts(experts_RKD)).view(R, K, 2, self.heads, D // self.heads)
         if self.reads is Reads.events:
             key_value = key_value[:, :0]
@@ -110,6 +109,11 @@ class CausalLayer(nn.Module):
         mix_EHd = causal_dispatch(read.qkv_E3Hd, key_value, bias_HW, timeline.chunks)
         tokens_TD = tokens_TD + self.dropout(self.out(timeline.new(mix_EHd).flatten(1)))
         return tokens_TD + self.token_ffn(tokens_TD), experts_RKD
+
+    def update(self, experts_RKD: torch.Tensor, mean_RKD: torch.Tensor) -> torch.Tensor:
+        """Experts after what the running sums say."""
+        experts_RKD = experts_RKD + self.dropout(self.mix(mean_RKD))
+        return experts_RKD + self.expert_ffn(experts_RKD)
 
 
 class Depth(NamedTuple):

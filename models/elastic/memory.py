@@ -50,7 +50,7 @@ class CausalSeeds(Seeds):
     """The same at every boundary: forward(read, timeline) -> (R, K, D)."""
 
     def forward(self, read: Read, timeline: Timeline) -> torch.Tensor:
-        return self.seeds_KD.expand(timeline.chunks.num_boundaries, -1, -1)
+        return self.seeds_KD.expand(read.mean_RKD.shape[0], -1, -1)
 
 
 class Selection(NamedTuple):

@@ -1,0 +1,202 @@
+"""The ranking task: labelled impressions, a model that fits their store, and batches for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS
+from elastic_rec.feature_store.impressions.batch import Bags, ImpressionBatch, Impressions, make_impression_batch
+from elastic_rec.feature_store.impressions.reader import ImpressionReader
+from elastic_rec.feature_store.impressions.table import ImpressionTable
+from elastic_rec.feature_store.impressions.visits import no_impressions
+from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
+from elastic_rec.models.elastic.config import Time
+from elastic_rec.models.heads.ranking import RankingModel
+from elastic_rec.models.heads.ranking_config import History
+from elastic_rec.models.heads.retrieval import EventTable
+from elastic_rec.pipeline.errors import ConfigError
+from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.ranking_metrics import Scored, by_length, figures_of, gather
+from elastic_rec.pipeline.schema import TrainConfig
+from elastic_rec.pipeline.sharding import init_device
+from elastic_rec.pipeline.task import autocast
+
+
+@dataclass
+class RankingBatch(ImpressionBatch):
+    """An ImpressionBatch as a model takes it: one empty bag behind item_context, since a sharded lookup needs a row."""
+
+    is_last_window = True
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.label_weights
+
+    @staticmethod
+    def of(impressions: Impressions) -> RankingBatch:
+        batch = make_impression_batch(impressions)
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        if batch.item_context is not None:
+            values["item_context"] = _with_empty_bag(batch.item_context)
+        return RankingBatch(**values)
+
+
+def _with_empty_bag(bags: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    lengths = torch.nn.functional.pad(bags.lengths().view(len(bags.keys()), -1), (0, 1))
+    return KeyedJaggedTensor(keys=bags.keys(), values=bags.values(), lengths=lengths.flatten())
+
+
+class RankingTask:
+    """What train, evaluate and score build alike from a training config with task=ranking."""
+
+    metric = "auc"  # what the best checkpoint is chosen by
+
+    def __init__(
+        self, config: TrainConfig, *, world: World, store: str = "", rows: dict[str, int] | None = None
+    ) -> None:
+        """rows: of the tables of a trained run. A store that was appended to may have more ids: they are unknown."""
+        self.config, self.world = config, world
+        self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
+        self.table = ImpressionTable(self.store)
+        self.columns = ["item", *config.data.columns]
+        sizes = {name: self.store.vocabulary(name).size for name in self.columns}
+        self.rows = rows or sizes | self.table.table_sizes()
+
+    def build_model(self) -> RankingModel:
+        """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib)."""
+        config = self.config
+        torch.manual_seed(config.run.seed)
+        if config.ranking.history is not History.tower:
+            self.world.say(
+                f"ranking.history={config.ranking.history.value}: no tower; of model.* only width and dropout count"
+            )
+        sizes = self.rows
+        tables = [EventTable(name, sizes[name]) for name in self.columns]
+        if config.model.time is not Time.none:
+            tables.append(EventTable("gap", NUM_GAP_BUCKETS))
+        rows = sum(sizes.values()) + config.memory.enabled * config.memory.num_keys**2
+        try:
+            return RankingModel(
+                tables=tables,
+                context=[EventTable(name, sizes[name]) for name in self.table.context],
+                item_context=[EventTable(name, sizes[name]) for name in self.table.item_context],
+                num_labels=len(self.table.labels),
+                tower=config.model,
+                memory=config.memory,
+                ranking=config.ranking,
+                max_history=config.data.max_history,
+                autocast=autocast(config.run.precision, self.world.device),
+                device=init_device(rows, config.model.width, config.parallel),
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def train_reader(self) -> ImpressionReader:
+        return self._reader("train", self.config.optim.global_batch_size, shuffle=True)
+
+    def train_batches(self, reader: ImpressionReader, *, epoch: int, start_batch: int) -> Iterator[RankingBatch]:
+        """This rank's share of each global batch of an epoch, from start_batch on."""
+        for impressions in reader.epoch(epoch, start_batch=start_batch):
+            batch = RankingBatch.of(self.known(impressions))
+            total = batch.normaliser.to(self.world.device)
+            dist.all_reduce(total)
+            batch.normaliser = total.clamp_min(1) / self.world.size
+            yield batch
+
+    def held_out(self, stage: str, *, batch_size: int) -> Iterator[RankingBatch]:
+        """All impressions of a stage once; batch_size: visits over all ranks."""
+        for impressions in self._reader(stage, batch_size, shuffle=False).epoch(0):
+            yield RankingBatch.of(self.known(impressions))
+
+    def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool) -> ImpressionReader:
+        return ImpressionReader(
+            self.store,
+            columns=self.columns,
+            split=self.config.data.impression_split,
+            stage=stage,
+            global_batch_size=global_batch_size,
+            per_visit=self.config.ranking.per_visit,
+            max_history=self.config.data.max_history,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            shuffle=shuffle,
+            seed=self.config.run.seed,
+        )
+
+    def padding_batch(self) -> RankingBatch:
+        """What a rank brings to a collective step when it has nothing left to do."""
+        table = self.table
+        return RankingBatch.of(
+            no_impressions(
+                self.columns, num_labels=len(table.labels), context=table.context, item_context=table.item_context
+            )
+        )
+
+    def vocabulary(self, name: str) -> Vocabulary:
+        return self.store.vocabulary(name) if name in self.columns else self.table.vocabulary(name)
+
+    def known(self, impressions: Impressions) -> Impressions:
+        """Ids that came after the run was trained become UNKNOWN: its tables have no rows for them."""
+
+        def old(name: str, ids: np.ndarray) -> np.ndarray:
+            return np.where(ids < self.rows[name], ids, UNKNOWN) if name in self.rows else ids
+
+        def bags(found: dict[str, Bags]) -> dict[str, Bags]:
+            return {name: bag._replace(values=old(name, bag.values)) for name, bag in found.items()}
+
+        histories = impressions.histories
+        columns = {name: old(name, ids) for name, ids in histories.columns.items()}
+        return replace(
+            impressions,
+            histories=replace(histories, columns=columns),
+            candidates=old("item", impressions.candidates),
+            context=bags(impressions.context),
+            item_context=bags(impressions.item_context),
+        )
+
+    def evaluate(self, model: nn.Module, *, stage: str, length_edges: list[int], batch_size: int) -> dict:
+        """Figures of the first label, by length of the history seen, and of each further label under "labels".
+        Collective."""
+        model.eval()
+        rows = []
+        with torch.no_grad():
+            for batch in self.held_out(stage, batch_size=batch_size):
+                logits_CL = model.score(batch.to(self.world.device)).cpu().double()
+                rows.append(_rows(batch, logits_CL))
+        table = gather(np.concatenate(rows), self.world)
+        found = {}
+        for number, label in enumerate(self.table.labels):
+            mine = table[table[:, 3 + 3 * number + 2] > 0]
+            scored = Scored(mine[:, 3 + 3 * number], mine[:, 4 + 3 * number], *mine[:, :3].astype(np.int64).T)
+            found[label] = {**figures_of(scored), "by_length": by_length(scored, length_edges)}
+        first, *others = self.table.labels
+        return {"label": first, **found[first], "labels": {name: found[name] for name in others}}
+
+
+def _rows(batch: RankingBatch, logits_CL: torch.Tensor) -> np.ndarray:
+    """(C, 3 + 3L): user, impression, events seen; then logit, label, weight of each label."""
+    impression_C = batch.impression
+    about_C3 = torch.stack(
+        [
+            _user_of(batch)[impression_C],
+            batch.impression_rows[impression_C],
+            (batch.ends - batch.starts)[impression_C],
+        ],
+        dim=1,
+    ).double()
+    per_label = torch.stack([logits_CL, batch.labels.double(), batch.label_weights.double()], dim=2).flatten(1)
+    return torch.cat([about_C3, per_label], dim=1).numpy()
+
+
+def _user_of(batch: RankingBatch) -> torch.Tensor:
+    """(I,) a number per user; a user without a history has his impressions' own, below -1."""
+    row_I = batch.rows[batch.visit]
+    return torch.where(row_I >= 0, row_I, -2 - batch.impression_rows)
