@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elastic_rec.feature_store import schema
+from elastic_rec.feature_store.checks import OrderWatch, Policy
 from elastic_rec.feature_store.contents import describe_written, load_inputs, write_vocabularies
 from elastic_rec.feature_store.cutter import write_histories
 from elastic_rec.feature_store.errors import DataError
@@ -20,6 +21,7 @@ from elastic_rec.feature_store.generations import next_generation, publish, scra
 from elastic_rec.feature_store.ingest import IngestConfig, TimeUnit
 from elastic_rec.feature_store.manifest import check_digest, put_in_place
 from elastic_rec.feature_store.merge import MergeEngine
+from elastic_rec.feature_store.progress import peak_memory_bytes
 from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST
@@ -41,7 +43,14 @@ def append(config: IngestConfig) -> dict:
             figures = _fold(config, base, paths, format, work)
     seconds = time.perf_counter() - began
     rate = round(figures["read_events"] / seconds)
-    return {"store": str(config.out), **figures, "seconds": round(seconds, 3), "events_per_s": rate}
+    peak = peak_memory_bytes()
+    return {
+        "store": str(config.out),
+        **figures,
+        "seconds": round(seconds, 3),
+        "events_per_s": rate,
+        "peak_memory_bytes": peak,
+    }
 
 
 def _settled(config: IngestConfig, base: Store) -> IngestConfig:
@@ -50,11 +59,17 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
     if "row_group_events" not in stored:
         raise DataError(f"{base.path}: written before appends (no digests of its input); ingest it anew (mode=create)")
     columns, filters = stored["source"]["columns"], stored["filters"]
-    for name in ("min_user_events", "min_item_events"):
-        if filters[name] > 1:
+    for name in ("min_user_events", "min_item_events", "max_history"):
+        if (value := filters.get(name, none := getattr(IngestConfig(), name))) > none:
             raise DataError(
-                f"{base.path} was made with {name}={filters[name]}: what was dropped then is not in it and might be "
-                f"kept today. Make the store with {name}=1 to append to it, or ingest everything anew (mode=create)"
+                f"{base.path} was made with {name}={value}: what was dropped then is not in it and might be kept "
+                f"today. Make the store with {name}={none} to append to it, or ingest everything anew (mode=create)"
+            )
+    for name in ("out_of_order", "gaps"):
+        if getattr(config.checks, name) is Policy.drop:
+            raise DataError(
+                f"checks.{name}=drop would look at the new events alone; append with keep (late events are put in "
+                "their place), or fail"
             )
     settled = {
         "name": stored["name"],
@@ -68,6 +83,10 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
         "row_group_events": stored["row_group_events"],
         "min_user_events": 1,
         "min_item_events": 1,
+        "max_history": 0,
+        "first_time": filters.get("first_time"),
+        "end_time": filters.get("end_time"),
+        "min_vocabulary_count": filters.get("min_vocabulary_count", 1),
     }
     default = IngestConfig()
     for name, value in settled.items():
@@ -104,20 +123,25 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
         roles=list(roles),
         memory_limit=config.memory_limit,
         threads=config.threads,
+        checks=config.checks,
     ) as engine:
         inputs = load_inputs(engine, paths, format=format, roles=roles, work=work)
         read_events = sum(entry["events"] for entry in inputs)
+        checks = engine.clean()
         engine.adopt_types()
+        outside = engine.keep_times(*config.time_range())
         old = _pick(old_files, engine.touched_buckets())
         copies = {entry["path"]: (root / entry["path"]).fetch(work / "old" / str(_bucket(entry))) for entry in old}
         for entry in old:  # a bit flipped on disk must not be copied under a fresh digest
             check_digest(root, entry, copy=copies[entry["path"]])
-        duplicates = engine.drop_duplicates() + engine.drop_known(list(copies.values()))
-        if duplicates == read_events:
-            return _nothing_new(base, read_events)
+        checks["duplicates"] += (known := engine.drop_known(list(copies.values())))
+        duplicates = checks["duplicates"] if config.checks.duplicates is Policy.drop else known
+        if not engine.num_staged():
+            return _nothing_new(base, read_events, duplicates, checks)
         old = _pick(old_files, engine.touched_buckets())
-        counts = engine.fold()
+        counts = engine.fold(min_vocabulary_count=config.min_vocabulary_count)
         vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
+        watch = OrderWatch(config.checks, base.time_unit)
         written = write_histories(
             engine.merged_batches([copies[entry["path"]] for entry in old]),
             root=work,
@@ -127,6 +151,8 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
                 context_columns=config.context_columns,
             ),
             row_group_events=config.row_group_events,
+            watch=watch,
+            num_events=sum(entry["num_events"] for entry in old) + counts["appended_events"],
         )
     data = [describe_written(work, file) for file in written]
     expected = sum(entry["num_events"] for entry in old) + counts["appended_events"]
@@ -152,7 +178,11 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
             **base.manifest["source"],
             "files": [*_inputs(base), *({**entry, "generation": number} for entry in inputs)],
         },
-        "filters": filters | {"dropped_duplicates": filters["dropped_duplicates"] + duplicates},
+        "filters": filters
+        | {
+            "dropped_duplicates": filters["dropped_duplicates"] + duplicates,
+            "dropped_events": filters["dropped_events"] + outside,
+        },
     }
     manifest = publish(root, number, content)
     data_bytes = sum(entry["bytes"] for entry in data)
@@ -163,6 +193,7 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
         "hash": manifest["hash"],
         "read_events": read_events,
         "dropped_duplicates": duplicates,
+        "checks": checks | watch.counts,
         **counts,
         "events": manifest["num_events"],
         "rewritten_files": len(data),
@@ -172,13 +203,14 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
     }
 
 
-def _nothing_new(base: Store, read_events: int) -> dict:
-    """Every event was there already: the current generation stays the current one."""
+def _nothing_new(base: Store, read_events: int, duplicates: int, checks: dict[str, int]) -> dict:
+    """Every event was there already, or dropped: the current generation stays the current one."""
     return {
         "generation": base.generation,
         "hash": base.manifest["hash"],
         "read_events": read_events,
-        "dropped_duplicates": read_events,
+        "dropped_duplicates": duplicates,
+        "checks": checks,
         "appended_events": 0,
         "users": base.num_users,
         "new_users": 0,

@@ -10,6 +10,7 @@ from elastic_rec.feature_store import manifest, schema
 from elastic_rec.feature_store.cutter import WrittenFile
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.progress import progress
 from elastic_rec.feature_store.sources import open_source
 
 
@@ -21,6 +22,7 @@ def load_inputs(
     named = ("user", "item", "timestamp", "event_id")
     settings = {role: f"{role}_column" if role in named else "context_columns" for role in roles}
     entries = []
+    bar = progress("read", total=len(paths), unit=" files")
     for path in paths:
         local = path.fetch(work / "input")
         source = open_source(path, local, format=format, columns=roles, settings=settings)
@@ -30,6 +32,8 @@ def load_inputs(
         entries.append(entry | {"events": engine.load(source)})
         if not path.is_local:
             local.unlink()
+        bar.update(1)
+    bar.close()
     return entries
 
 

@@ -11,7 +11,7 @@ Where groups end depends on the data only, not on how the stream was cut into ba
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.progress import progress
 from elastic_rec.feature_store.schema import EVENTS, TIMESTAMP, USER, leaf_path
 
 BUCKET = "bucket"
+Watch = Callable[[pa.Table, np.ndarray], None]
 
 
 @dataclass
@@ -36,13 +38,23 @@ class WrittenFile:
 
 
 def write_histories(
-    batches: Iterable[pa.RecordBatch], *, root: Path, schema: pa.Schema, row_group_events: int
+    batches: Iterable[pa.RecordBatch],
+    *,
+    root: Path,
+    schema: pa.Schema,
+    row_group_events: int,
+    watch: Watch | None = None,
+    num_events: int = 0,
 ) -> list[WrittenFile]:
-    """Writes bucket=K/part-000.parquet under root; `batches` as DuckEngine.sorted_batches gives them."""
+    """Writes bucket=K/part-000.parquet under root; `batches` as DuckEngine.sorted_batches gives them.
+
+    watch sees the sorted events of each row group and their users' offsets; num_events is for the progress bar."""
     files: list[WrittenFile] = []
     writer, bucket_open = None, -1
+    groups = cut_histories(batches, schema=schema, row_group_events=row_group_events, watch=watch)
+    bar = progress("write", total=num_events, unit=" events")
     try:
-        for bucket, histories, (low, high) in cut_histories(batches, schema=schema, row_group_events=row_group_events):
+        for bucket, histories, (low, high) in groups:
             if bucket != bucket_open:
                 if writer is not None:
                     writer.close()
@@ -54,14 +66,16 @@ def write_histories(
             file = files[-1]
             file.min_time, file.max_time = min(file.min_time, low), max(file.max_time, high)
             file.row_groups.append((len(histories), len(histories[EVENTS].chunk(0).values)))
+            bar.update(file.row_groups[-1][1])
     finally:
+        bar.close()
         if writer is not None:
             writer.close()
     return files
 
 
 def cut_histories(
-    batches: Iterable[pa.RecordBatch], *, schema: pa.Schema, row_group_events: int
+    batches: Iterable[pa.RecordBatch], *, schema: pa.Schema, row_group_events: int, watch: Watch | None = None
 ) -> Iterator[tuple[int, pa.Table, tuple[int, int]]]:
     """Yields one row group at a time: (bucket, table in `schema`, (min, max) timestamp)."""
     pending: list[pa.RecordBatch] = []
@@ -73,16 +87,16 @@ def cut_histories(
         num_pending += batch.num_rows
         if num_pending >= wait_for:
             events = pa.Table.from_batches(pending).combine_chunks()
-            done = yield from _cut(events, schema, row_group_events, is_last=False)
+            done = yield from _cut(events, schema, row_group_events, watch, is_last=False)
             pending = events.slice(done).to_batches()
             num_pending -= done
             # Doubling: a user longer than many batches is looked at a logarithmic number of times, not once per batch.
             wait_for = max(2 * row_group_events, 2 * num_pending)
     if num_pending:
-        yield from _cut(pa.Table.from_batches(pending).combine_chunks(), schema, row_group_events, is_last=True)
+        yield from _cut(pa.Table.from_batches(pending).combine_chunks(), schema, row_group_events, watch, is_last=True)
 
 
-def _cut(events: pa.Table, schema: pa.Schema, row_group_events: int, *, is_last: bool):
+def _cut(events: pa.Table, schema: pa.Schema, row_group_events: int, watch: Watch | None, *, is_last: bool):
     """Cuts every row group that is sure to be complete; returns the number of events used up."""
     starts_U = run_starts(events[USER].chunk(0))
     ends_U = np.append(starts_U[1:], len(events))
@@ -100,6 +114,8 @@ def _cut(events: pa.Table, schema: pa.Schema, row_group_events: int, *, is_last:
         part = events.slice(done, end - done)
         times = pc.min_max(part[TIMESTAMP])
         offsets = np.append(starts_U[user:stop], end) - done
+        if watch is not None:
+            watch(part, offsets)
         yield int(bucket_U[user]), build_histories(part, offsets, schema), (times["min"].as_py(), times["max"].as_py())
         user, done = stop, end
     return done

@@ -3,7 +3,7 @@
 Every file is inserted into one staging table in input order. DuckDB keeps insertion order (also when it parses a file
 in parallel), so rowid IS "file number, row number", the tie-break of the sort. All passes but the first read the
 staging table, on disk beside the future store, and never parse text again. Spark will do the same job behind the same
-calls: load, drop_duplicates, select, vocabulary, sorted_batches.
+calls: load, clean, select, vocabulary, sorted_batches.
 
 Bucket of a user, the same on every engine: int64 ids ((id % N) + N) % N; strings: the first 15 hex digits of
 md5(utf-8 bytes) read as an unsigned integer, modulo N.
@@ -16,6 +16,7 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.sources import Source, id_sql, time_sql
 from elastic_rec.feature_store.sql import bucket_sql, record_batches
@@ -28,7 +29,9 @@ SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 class DuckEngine:
     """roles: "user", "item", "timestamp", optionally "event_id", and one per context column (its own name)."""
 
-    def __init__(self, *, work: Path, roles: list[str], unit: str, memory_limit: str, threads: int) -> None:
+    def __init__(
+        self, *, work: Path, roles: list[str], unit: str, memory_limit: str, threads: int, checks: ChecksConfig
+    ) -> None:
         config = {"memory_limit": memory_limit, "temp_directory": str(work / "spill"), "preserve_insertion_order": True}
         if threads > 0:
             config["threads"] = threads
@@ -39,6 +42,10 @@ class DuckEngine:
         self._memory_limit = memory_limit
         self._roles = roles
         self._unit = unit
+        self._checks = checks
+        self._conditions = checks.row_conditions(roles, unit)
+        self._found = dict.fromkeys(self._conditions, 0)
+        self._num_loaded = 0
         self._indexed = [r for r in roles if r not in ("timestamp", "event_id")]
         self._kinds: dict[str, str] = {}
         self._first_source: Source | None = None
@@ -54,7 +61,8 @@ class DuckEngine:
             ) from error
 
     def load(self, source: Source) -> int:
-        """Appends one file's events to the staging table. Returns their number; DataError names the first bad row."""
+        """Appends one file's events to the staging table. Returns their number; DataError names the first row that
+        fails a check whose policy is fail."""
         if self._first_source is None:
             self._first_source = source
             self._kinds = {role: kind for role, kind in source.kinds.items() if role != "timestamp"}
@@ -66,7 +74,6 @@ class DuckEngine:
                     f"{source.path}: {role} is {source.kinds[role]}, but {kind} in {self._first_source.path}; "
                     "all files must agree, cast one of them"
                 )
-        first = self._one("SELECT coalesce(max(rowid) + 1, 0) FROM raw")
         values = ", ".join(self._staged_sql(source, role) for role in self._roles)
         try:
             ((count,),) = self._run(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
@@ -76,58 +83,138 @@ class DuckEngine:
             raise DataError(f"{source.path}: cannot be read: {str(error).strip()}") from error
         if count == 0:
             raise DataError(f"{source.path}: no events (a header only); remove it from input")
-        needed = [r for r in self._roles if r in ("user", "item", "timestamp", "event_id")]
-        missing = " OR ".join(f'"{role}" IS NULL' for role in needed)
-        bad = self._one(f"SELECT min(rowid) FROM raw WHERE rowid >= {first} AND ({missing})")
-        if bad is not None:
-            self._explain(source, row=bad - first, needed=needed)
+        self._check(source, count)
+        self._num_loaded += count
         return count
 
-    def drop_duplicates(self) -> int:
-        """Of events with one user, timestamp and event_id keeps the first; returns how many went. Nothing where the log
-        has no event_id: two equal events may both have happened. These are neighbours in the store's order, so an
-        event_id need only be unique within its user and time."""
+    def _check(self, source: Source, count: int) -> None:
+        """Counts the last `count` rows, those of source, that fail a check."""
+        these = f"FROM raw WHERE rowid >= {self._num_loaded}"  # nothing is deleted before clean(): no rowid has moved
+        counted = ", ".join(f"count(*) FILTER ({condition})" for condition in self._conditions.values())
+        (found,) = self._run(f"SELECT {counted} {these}")
+        found = dict(zip(self._conditions, found, strict=True))
+        for name, number in found.items():
+            self._found[name] += number
+        failed = [name for name in self._checks.named(Policy.fail) if found.get(name)]
+        if failed:
+            bad = " OR ".join(f"({self._conditions[name]})" for name in failed)
+            row = self._one(f"SELECT min(rowid) {these} AND ({bad})") - self._num_loaded
+            (why,) = self._run(
+                f"SELECT {', '.join(self._conditions[name] for name in failed)} FROM raw "
+                f"WHERE rowid = {self._num_loaded + row}"
+            )
+            check = failed[why.index(True)]
+            self._explain(source, row=row, check=check, more=found[check] - 1)
+
+    def clean(self) -> dict[str, int]:
+        """After the last load: drops what fails a check whose policy is drop. Returns how many events failed each,
+        but for out_of_order and gaps that are kept (OrderWatch counts those)."""
+        found = dict(self._found)
+        drop = [self._conditions[name] for name in self._checks.named(Policy.drop) if self._found.get(name)]
+        if drop:
+            self._one(f"DELETE FROM raw WHERE {' OR '.join(f'({condition})' for condition in drop)}")
+        found["duplicates"] = self._duplicates()
+        if self._checks.out_of_order is Policy.drop:
+            found["out_of_order"] = self._delete(
+                'SELECT id FROM (SELECT rowid AS id, timestamp, max(timestamp) OVER (PARTITION BY "user" '
+                "ORDER BY rowid ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest FROM raw) "
+                "WHERE timestamp < newest"
+            )
+        if self._checks.gaps is Policy.drop:
+            found["gaps"] = self._delete(
+                'SELECT raw.rowid FROM raw JOIN (SELECT "user", max(timestamp) AS until FROM (SELECT "user", '
+                'timestamp, lead(timestamp) OVER (PARTITION BY "user" ORDER BY timestamp) AS next FROM raw) '
+                f'WHERE next - timestamp > {self._checks.max_gap(self._unit)} GROUP BY "user") gap USING ("user") '
+                "WHERE raw.timestamp <= gap.until"
+            )
+        return found
+
+    def _delete(self, rowids: str) -> int:
+        return self._one(f"DELETE FROM raw WHERE rowid IN ({rowids})")
+
+    def _duplicates(self) -> int:
+        """Events behind the first one with their user, timestamp and event_id. None where the log has no event_id: two
+        equal events may both have happened. These are neighbours in the store's order, so an event_id need only be
+        unique within its user and time."""
         if "event_id" not in self._roles:
             return 0
         key = '"user", timestamp, event_id'
-        return self._one(
-            "DELETE FROM raw WHERE rowid IN (SELECT raw.rowid FROM raw JOIN "
-            f"(SELECT {key}, min(rowid) AS first FROM raw GROUP BY {key} HAVING count(*) > 1) twice "
-            f"USING ({key}) WHERE raw.rowid > twice.first)"
+        twice = (
+            f"FROM raw JOIN (SELECT {key}, min(rowid) AS first FROM raw GROUP BY {key} HAVING count(*) > 1) twice "
+            f"USING ({key}) WHERE raw.rowid > twice.first"
         )
+        if self._checks.duplicates is Policy.drop:
+            return self._delete(f"SELECT raw.rowid {twice}")
+        count = self._one(f"SELECT count(*) {twice}")
+        if count and self._checks.duplicates is Policy.fail:
+            (example,) = self._run(f'SELECT raw."user", raw.timestamp, raw.event_id {twice} ORDER BY raw.rowid LIMIT 1')
+            raise DataError(
+                f"{count} duplicate events (same user, time and event id), the first of user {example[0]!r}, time "
+                f"{example[1]}, event id {example[2]!r}; set checks.duplicates=drop or keep"
+            )
+        return count
 
-    def select(self, *, min_user_events: int, min_item_events: int) -> dict[str, int]:
-        """Drops rare items first, then users left with too few events; then numbers what is left.
+    def select(
+        self,
+        *,
+        min_user_events: int = 1,
+        min_item_events: int = 1,
+        max_history: int = 0,
+        times: tuple[int | None, int | None] = (None, None),
+        min_vocabulary_count: int = 1,
+    ) -> dict[str, int]:
+        """Drops events outside [times), of rare items, then of users left with too few events, then all but the newest
+        max_history of a user (0: none); then numbers what is left.
 
         One pass, not a k-core: an item may fall below its minimum again because its users were dropped.
         Returns counts of events, users and items before and after.
         """
         self._types = {role: self._final_type(role) for role in self._roles if role != "timestamp"}
-        self._run(f"CREATE TABLE kept_item AS SELECT item FROM raw GROUP BY item HAVING count(*) >= {min_item_events}")
-        self._run(
-            'CREATE TABLE kept_user AS SELECT "user" FROM raw SEMI JOIN kept_item USING (item) '
-            f'GROUP BY "user" HAVING count(*) >= {min_user_events}'
-        )
-        kept = 'raw SEMI JOIN kept_item USING (item) SEMI JOIN kept_user USING ("user")'
-        for role in self._indexed:
-            # Indices by falling count; the raw form of the id stays beside it, as the key of the later join.
-            value = f'CAST("{role}" AS {SQL_TYPES[self._types[role]]})'
-            self._run(
-                f'CREATE TABLE "vocab_{role}" AS '
-                f"SELECT raw_id, id, n, row_number() OVER (ORDER BY n DESC, id) + {FIRST - 1} AS idx FROM "
-                f'(SELECT "{role}" AS raw_id, {value} AS id, count(*) AS n FROM {kept} '
-                f'WHERE "{role}" IS NOT NULL GROUP BY raw_id)'
-            )
-        self._run("DROP TABLE kept_item")
-        self._run("DROP TABLE kept_user")
-        return {
+        counts = {
             "read_events": self._one("SELECT count(*) FROM raw"),
             "read_users": self._one('SELECT count(DISTINCT "user") FROM raw'),
             "read_items": self._one("SELECT count(DISTINCT item) FROM raw"),
-            "events": self._one('SELECT coalesce(sum(n), 0)::BIGINT FROM "vocab_user"'),
+        }
+        self.keep_times(*times)
+        for role, least in (("item", min_item_events), ("user", min_user_events)):
+            if least > 1:
+                rare = f'SELECT "{role}" FROM raw GROUP BY "{role}" HAVING count(*) < {least}'
+                self._run(f'DELETE FROM raw WHERE "{role}" IN ({rare})')
+        if max_history:
+            self._keep_newest(max_history)
+        for role in self._indexed:
+            # Indices by falling count; the raw form of the id stays beside it, as the key of the later join.
+            value = f'CAST("{role}" AS {SQL_TYPES[self._types[role]]})'
+            least = 1 if role == "user" else min_vocabulary_count
+            self._run(
+                f'CREATE TABLE "vocab_{role}" AS '
+                f"SELECT raw_id, id, n, row_number() OVER (ORDER BY n DESC, id) + {FIRST - 1} AS idx FROM "
+                f'(SELECT "{role}" AS raw_id, {value} AS id, count(*) AS n FROM raw '
+                f'WHERE "{role}" IS NOT NULL GROUP BY raw_id HAVING count(*) >= {least})'
+            )
+        return counts | {
+            "events": self._one("SELECT count(*) FROM raw"),
             "users": self._one('SELECT count(*) FROM "vocab_user"'),
             "items": self._one("SELECT count(*) FROM vocab_item"),
         }
+
+    def keep_times(self, first: int | None, end: int | None) -> int:
+        """Drops events outside [first, end), in the store's unit; returns how many went."""
+        outside = [f"timestamp < {first}"] if first is not None else []
+        outside += [f"timestamp >= {end}"] if end is not None else []
+        return self._one(f"DELETE FROM raw WHERE {' OR '.join(outside)}") if outside else 0
+
+    def _keep_newest(self, count: int) -> None:
+        order = ["timestamp", *([self._value("event_id")] if "event_id" in self._roles else []), "rowid"]
+        newest_first = ", ".join(f"{key} DESC" for key in order)
+        long = f'SELECT "user" FROM raw GROUP BY "user" HAVING count(*) > {count}'
+        self._delete(
+            f'SELECT id FROM (SELECT rowid AS id, row_number() OVER (PARTITION BY "user" ORDER BY {newest_first}) '
+            f'AS age FROM raw WHERE "user" IN ({long})) WHERE age > {count}'
+        )
+
+    def num_staged(self) -> int:
+        return self._one("SELECT count(*) FROM raw")
 
     def id_type(self, role: str) -> str | None:
         """ "int64" or "string", None where the log has no such column; known after select()."""
@@ -141,8 +228,8 @@ class DuckEngine:
         return Vocabulary(column=role, ids=ids, counts=table["n"].to_numpy())
 
     def sorted_batches(self, *, num_buckets: int) -> pa.RecordBatchReader:
-        """Kept events as (bucket, user_id, timestamp, [event_id,] item, context...) sorted by bucket, user, timestamp,
-        event_id, input order; ids of item and context as vocabulary indices."""
+        """Kept events as (bucket, user_id, timestamp, [event_id,] item, context..., seq) sorted by bucket, user,
+        timestamp, event_id, input order (seq); ids of item and context as vocabulary indices."""
         return self._sorted(self._new_events(num_buckets))
 
     def _new_events(self, num_buckets: int) -> str:
@@ -150,19 +237,19 @@ class DuckEngine:
         leaves = ["raw.timestamp AS timestamp"]
         if "event_id" in self._roles:
             leaves.append(f"{self._value('event_id')} AS event_id")
-        leaves.append("i.idx AS item")
-        joins = 'JOIN "vocab_user" u ON u.raw_id = raw."user" JOIN "vocab_item" i ON i.raw_id = raw.item'
+        leaves.append(f"coalesce(i.idx, {UNKNOWN}) AS item")
+        joins = 'JOIN "vocab_user" u ON u.raw_id = raw."user" LEFT JOIN "vocab_item" i ON i.raw_id = raw.item'
         for number, role in enumerate(self._indexed[2:]):
             leaves.append(f'coalesce(c{number}.idx, {UNKNOWN}) AS "{role}"')
             joins += f' LEFT JOIN "vocab_{role}" c{number} ON c{number}.raw_id = raw."{role}"'
         return (
             f"SELECT {self._bucket('u.id', num_buckets)} AS bucket, u.id AS user_id, {', '.join(leaves)}, "
-            f"raw.rowid AS seq FROM raw {joins}"
+            f"raw.rowid AS {SEQ} FROM raw {joins}"
         )
 
     def _sorted(self, events: str) -> pa.RecordBatchReader:
         order = "timestamp, event_id" if "event_id" in self._roles else "timestamp"
-        sql = f"SELECT * EXCLUDE (seq) FROM ({events}) ORDER BY bucket, user_id, {order}, seq"
+        sql = f"SELECT * FROM ({events}) ORDER BY bucket, user_id, {order}, {SEQ}"
         return record_batches(self._db, sql, BATCH_EVENTS)
 
     def _bucket(self, user: str, num_buckets: int) -> str:
@@ -191,18 +278,27 @@ class DuckEngine:
             "WHERE TRY_CAST(t AS BIGINT) IS NULL OR TRY_CAST(t AS BIGINT)::VARCHAR <> t"
         )
 
-    def _explain(self, source: Source, *, row: int, needed: list[str]) -> None:
+    def _explain(self, source: Source, *, row: int, check: str, more: int) -> None:
         """Reads the one bad row again and raises DataError that quotes it. row counts from 0."""
+        roles = ("user", "item", "event_id") if check == "null_ids" else ("timestamp",)
+        needed = [role for role in self._roles if role in roles]
+        others = f" ({more} more such rows in this file; checks.{check}=drop drops them)"
         values = ", ".join([*(source.raw[r] for r in needed), *(f"({self._staged_sql(source, r)})" for r in needed)])
         (found,) = self._run(f"SELECT {values} FROM {source.scan} LIMIT 1 OFFSET {row}")
         raw, staged = found[: len(needed)], found[len(needed) :]
+        where = f"{source.path}: row {row + 1}:"
+        if check == "future_times":
+            raise DataError(
+                f"{where} timestamp {raw[0]!r} is in the future for timestamp_unit={self._unit}; check the unit, or "
+                f"set checks.future_times=keep{others}"
+            )
         role, value = next((r, v) for r, v, s in zip(needed, raw, staged, strict=True) if s is None)
-        where = f"{source.path}: row {row + 1}: {role}"
+        where += f" {role}"
         if value is None or value == "":
-            raise DataError(f"{where} is empty (null); drop or repair such rows")
+            raise DataError(f"{where} is empty (null); drop or repair such rows{others}")
         if role != "timestamp":
-            raise DataError(f"{where} {value!r} does not fit int64; write it as a string")
-        raise DataError(f"{where} {value!r} {_time_fault(value, source.kinds[role], self._unit)}")
+            raise DataError(f"{where} {value!r} does not fit int64; write it as a string{others}")
+        raise DataError(f"{where} {value!r} {_time_fault(value, source.kinds[role], self._unit)}{others}")
 
     def _one(self, sql: str) -> int | str | None:
         return self._run(sql)[0][0]

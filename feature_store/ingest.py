@@ -14,14 +14,19 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from elastic_rec.feature_store import schema
+from elastic_rec.feature_store.checks import CHECKS, ChecksConfig, OrderWatch, Policy
 from elastic_rec.feature_store.contents import describe_schema, describe_written, load_inputs, write_vocabularies
 from elastic_rec.feature_store.cutter import write_histories
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.progress import peak_memory_bytes
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.sources import find_inputs
+from elastic_rec.feature_store.splits import parse_time_s
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging, stage
 
+FILTERS = ("min_user_events", "min_item_events", "max_history", "min_vocabulary_count")
 BUCKET_HASH = "int64: ((id % N) + N) % N; string: int(md5(utf8).hexdigest()[:15], 16) % N"
 
 
@@ -92,6 +97,23 @@ class IngestConfig:
     min_item_events: int = field(
         default=1, metadata={"help": "Drop items with fewer events, counted before users are dropped (no k-core)."}
     )
+    max_history: int = field(
+        default=0, metadata={"help": "Keep the newest so many events of a user, after the other filters; 0: all."}
+    )
+    first_time: str | None = field(
+        default=None, metadata={"help": "Drop events before it: ISO date (UTC unless it says) or epoch seconds."}
+    )
+    end_time: str | None = field(default=None, metadata={"help": "Drop events at or after it, as first_time."})
+    min_vocabulary_count: int = field(
+        default=1,
+        metadata={
+            "help": "Items and context values with fewer kept events share the id of unknown (1); their events stay. "
+            "append: counted over the appended events, for ids that are new."
+        },
+    )
+    checks: ChecksConfig = field(
+        default_factory=ChecksConfig, metadata={"help": "What is checked, and what becomes of events that fail."}
+    )
     num_buckets: int = field(default=16, metadata={"help": "Files to spread users over, by a hash of the user id."})
     row_group_events: int = field(
         default=131072, metadata={"help": "Events in a Parquet row group (a longer user gets one of his own)."}
@@ -118,7 +140,12 @@ class IngestConfig:
         self.format, self.timestamp_unit = InputFormat(self.format), TimeUnit(self.timestamp_unit)
         self.mode = IngestMode(self.mode)
         self._check_mode()
-        for name in ("min_user_events", "min_item_events", "num_buckets", "row_group_events"):
+        times = self.time_range()
+        if None not in times and times[0] >= times[1]:
+            raise ValueError(f"first_time={self.first_time} is not before end_time={self.end_time}")
+        if self.max_history < 0:
+            raise ValueError(f"max_history={self.max_history}: give 0 for all events, or more")
+        for name in ("min_user_events", "min_item_events", "min_vocabulary_count", "num_buckets", "row_group_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.threads < 0:
@@ -148,6 +175,12 @@ class IngestConfig:
         if self.grace_hours < 0:
             raise ValueError(f"grace_hours={self.grace_hours}: give 0 for none, or more")
 
+    def time_range(self) -> tuple[int | None, int | None]:
+        """[first, end) in timestamp_unit; None: open."""
+        scale = UNITS_PER_SECOND[self.timestamp_unit.value]
+        first, end = (None if t is None else parse_time_s(t) * scale for t in (self.first_time, self.end_time))
+        return first, end
+
     def roles(self) -> dict[str, str]:
         """role -> input column, event columns with a vocabulary in the order of the store's struct."""
         roles = {"user": self.user_column, "item": self.item_column, "timestamp": self.timestamp_column}
@@ -171,6 +204,7 @@ def ingest(config: IngestConfig) -> dict:
         **figures,
         "seconds": round(seconds, 3),
         "events_per_s": round(figures["read_events"] / seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
@@ -185,14 +219,17 @@ def _build(
         unit=config.timestamp_unit.value,
         memory_limit=config.memory_limit,
         threads=config.threads,
+        checks=config.checks,
     ) as engine:
         inputs = load_inputs(engine, paths, format=format, roles=roles, work=staging.work)
-        duplicates = engine.drop_duplicates()
-        counts = engine.select(min_user_events=config.min_user_events, min_item_events=config.min_item_events)
+        checks = engine.clean()
+        filters = {name: getattr(config, name) for name in FILTERS}
+        counts = engine.select(**filters, times=config.time_range())
         if counts["users"] == 0:
             raise DataError(
                 f"no users left of {counts['read_users']} with {counts['read_events']} events after "
-                f"min_item_events={config.min_item_events} and min_user_events={config.min_user_events}; lower them"
+                f"min_item_events={config.min_item_events} and min_user_events={config.min_user_events}; lower them "
+                "(or first_time, end_time leave nothing)"
             )
         vocabularies = write_vocabularies(engine, ["user", "item", *config.context_columns], staging.root)
         store_schema = schema.history_schema(
@@ -205,9 +242,13 @@ def _build(
             root=staging.root,
             schema=store_schema,
             row_group_events=config.row_group_events,
+            watch=(watch := OrderWatch(config.checks, config.timestamp_unit.value)),
+            num_events=counts["events"],
         )
     dropped = {f"dropped_{what}": counts[f"read_{what}"] - counts[what] for what in ("events", "users", "items")}
-    dropped["dropped_duplicates"] = duplicates
+    dropped["dropped_duplicates"] = checks["duplicates"] if config.checks.duplicates is Policy.drop else 0
+    checks = watch.counts | checks
+    filters |= {"first_time": config.first_time, "end_time": config.end_time}
     content = {
         "generation": 0,
         "name": config.name,
@@ -221,10 +262,10 @@ def _build(
         "files": [describe_written(staging.root, file) for file in written],
         "vocabularies": vocabularies,
         "source": {"columns": roles, "files": [{**entry, "generation": 0} for entry in inputs]},
-        "filters": {"min_item_events": config.min_item_events, "min_user_events": config.min_user_events} | dropped,
+        "filters": filters | dropped,
     }
     size = sum(entry["bytes"] for entry in [*content["files"], *vocabularies.values()])
-    kept = {key: counts[key] for key in ("users", "items", "events")} | {
-        "read_events": counts["read_events"] + duplicates
-    }
-    return content, {**kept, **dropped, "input_files": len(paths), "data_files": len(written), "bytes": size}
+    kept = {key: counts[key] for key in ("users", "items", "events")}
+    kept["read_events"] = sum(entry["events"] for entry in inputs)
+    figures = {**kept, **dropped, "checks": {name: checks[name] for name in CHECKS}}
+    return content, {**figures, "input_files": len(paths), "data_files": len(written), "written_bytes": size}

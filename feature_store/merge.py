@@ -14,21 +14,22 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from elastic_rec.feature_store.checks import BEFORE_ALL_INPUT, SEQ, ChecksConfig, Policy
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.schema import EVENT_ID, EVENTS, TIMESTAMP, USER
 from elastic_rec.feature_store.sources import quote
 from elastic_rec.feature_store.store import Store
 
-# Places of old events in their history count up from here, so each is less than any row of the input.
-_BEFORE_ALL_INPUT = -(1 << 62)
-
 
 class MergeEngine(DuckEngine):
-    """A DuckEngine over the new events of `base`. After load(): adopt_types, then the others from the top down."""
+    """A DuckEngine over the new events of `base`. After load() and clean(): adopt_types, then from the top down."""
 
-    def __init__(self, *, base: Store, work: Path, roles: list[str], memory_limit: str, threads: int) -> None:
-        super().__init__(work=work, roles=roles, unit=base.time_unit, memory_limit=memory_limit, threads=threads)
+    def __init__(
+        self, *, base: Store, work: Path, roles: list[str], memory_limit: str, threads: int, checks: ChecksConfig
+    ) -> None:
+        settings = {"memory_limit": memory_limit, "threads": threads, "checks": checks}
+        super().__init__(work=work, roles=roles, unit=base.time_unit, **settings)
         self._base = base
         self._work = work
         self._num_buckets = base.manifest["num_buckets"]
@@ -54,20 +55,28 @@ class MergeEngine(DuckEngine):
 
     def drop_known(self, files: list[Path]) -> int:
         """Drops new events that `files` of the store hold (user, timestamp and event_id); returns how many went."""
-        if EVENT_ID not in self._roles or not files:
+        if EVENT_ID not in self._roles or not files or self._checks.duplicates is Policy.keep:
             return 0
-        return self._one(
-            f"DELETE FROM raw WHERE rowid IN (SELECT raw.rowid FROM raw JOIN ({_old_events(files)}) old ON "
+        dropped = self._delete(
+            f"SELECT raw.rowid FROM raw JOIN ({_old_events(files)}) old ON "
             f"old.{USER} = {self._value('user')} AND old.event.{TIMESTAMP} = raw.timestamp "
-            f"AND old.event.{EVENT_ID} = {self._value('event_id')})"
+            f"AND old.event.{EVENT_ID} = {self._value('event_id')}"
         )
+        if dropped and self._checks.duplicates is Policy.fail:
+            raise DataError(
+                f"{dropped} events are in {self._base.path} already (same user, time and event id); nothing was "
+                "appended, set checks.duplicates=drop or keep"
+            )
+        return dropped
 
-    def fold(self) -> dict[str, int]:
+    def fold(self, *, min_vocabulary_count: int = 1) -> dict[str, int]:
         """Makes the vocabularies of the new generation: old indices stay, counts grow, new ids follow by count, then
-        id. Returns counts of new events, users and items, and of users and items in all."""
+        id, if they have min_vocabulary_count events here (users always). Returns counts of new events, users and items,
+        and of users and items in all."""
         figures = {"appended_events": self._one("SELECT count(*) FROM raw")}
         for role in self._indexed:
             entry = self._base.manifest["vocabularies"][role]
+            least = 1 if role == "user" else min_vocabulary_count
             path = (self._base.path / entry["path"]).fetch(self._work / "vocab")
             old = f"read_parquet({_list([path])}, hive_partitioning=false)"
             self._run(
@@ -79,7 +88,7 @@ class MergeEngine(DuckEngine):
                 'SELECT raw_id, old.id, old."count" + coalesce(n, 0) AS n, old."index" AS idx '
                 f"FROM {old} old LEFT JOIN counted USING (id) UNION ALL "
                 f"SELECT raw_id, id, n, row_number() OVER (ORDER BY n DESC, id) + {entry['size'] - 1} AS idx "
-                f"FROM counted ANTI JOIN {old} old USING (id)"
+                f"FROM counted ANTI JOIN {old} old USING (id) WHERE n >= {least}"
             )
             self._run("DROP TABLE counted")
             if role in ("user", "item"):
@@ -95,7 +104,7 @@ class MergeEngine(DuckEngine):
         leaves = ", ".join(f'event."{leaf}"' for leaf in self._base.manifest["schema"][EVENTS])
         old = (
             f"SELECT {self._bucket(USER, self._num_buckets)} AS bucket, {USER}, {leaves}, "
-            f"place + {_BEFORE_ALL_INPUT} AS seq FROM ({_old_events(files)})"
+            f"place + {BEFORE_ALL_INPUT} AS {SEQ} FROM ({_old_events(files)})"
         )
         return self._sorted(f"{old} UNION ALL {new}")
 
