@@ -80,7 +80,7 @@ class DuckEngine:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(f"{source.path}: cannot be read: {str(error).strip()}") from error
+            raise DataError(f"{source.path}: cannot be read: {_shortened(error)}") from error
         if count == 0:
             raise DataError(f"{source.path}: no events (a header only); remove it from input")
         self._check(source, count)
@@ -323,3 +323,9 @@ def _time_fault(value: object, kind: str, unit: str) -> str:
     if number != int(number):
         return f"is fractional in timestamp_unit={unit}; multiply by 1000 and set timestamp_unit={finer}"
     return "does not fit int64; check timestamp_unit"
+
+
+def _shortened(error: Exception) -> str:
+    """What DuckDB says is wrong, without its own options for it, and without megabytes of the line at fault."""
+    lines = str(error).strip().splitlines()[:4]
+    return "\n".join(line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines)

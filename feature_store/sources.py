@@ -124,7 +124,7 @@ def _open_text(path: Location, local: Path, format: str, columns: dict[str, str]
     try:
         with opener(local, "rb") as file:
             header = next(csv.reader([file.readline().decode("utf-8-sig")], delimiter=delimiter), [])
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
     if opener is gzip.open:
         _check_gzip(path, local)

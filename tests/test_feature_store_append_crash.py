@@ -155,10 +155,18 @@ def test_sigkill_at_every_step_of_an_append(tmp_path, forker, day):
     assert outcomes.count(True) >= 2  # killed after the commit, too, while it cleared up
 
 
-def test_sigkill_at_random_moments_of_an_append(tmp_path, forker, day):
-    moments = [random.Random(n).uniform(0, 0.3) for n in range(10)]
-    ends = [kill_append(forker, day, tmp_path / str(n), seconds=s)[0] for n, s in enumerate(moments)]
+def test_sigkill_at_20_random_moments_of_an_append_or_a_compaction(tmp_path, forker, day):
+    draw = random.Random(0)
+    ends = [kill_append(forker, day, tmp_path / str(n), seconds=draw.uniform(0, 0.3))[0] for n in range(14)]
     assert set(ends) <= {0, -9} and -9 in ends
+    for n in range(14, 20):
+        path, config, _, after = copy_of(day, tmp_path / str(n))
+        append(IngestConfig(**config))
+        settings = {"mode": "compact", "out": str(path), "grace_hours": 0.0}
+        end = forker(config=settings, signal=KILL, seconds=draw.uniform(0, 0.01))[1]
+        assert end in (0, -9)
+        assert read(path) == after
+        assert forker(config=settings, signal=KILL)[1] == 0 and read(path) == after
 
 
 def test_sigkill_at_many_steps_of_a_compaction(tmp_path, forker, day):
