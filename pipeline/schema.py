@@ -180,6 +180,12 @@ class EvaluateConfig:
 class ScoreConfig:
     run: str = field(default="", metadata={"help": "run folder of a trained model"})
     out: str = field(default="", metadata={"help": "folder for the Parquet parts"})
+    task: Task | None = field(default=None, metadata={"help": "the run's task; given another, scoring refuses"})
+    candidates: str = field(
+        default="",
+        metadata={"help": "ranking: Parquet file, glob or folder with user_id, item_id (a list, or one) to be scored"},
+    )
+    part_rows: int = field(default=65536, metadata={"help": "ranking: rows of the input in one part of the output"})
     mode: ScoreMode = field(
         default=ScoreMode.full,
         metadata={
@@ -228,6 +234,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
         self.state_dtype = StateDtype(self.state_dtype)
+        if self.part_rows < 1:
+            raise ValueError(f"part_rows={self.part_rows}: set it to 1 or more")
         if self.k < 1 or self.batch_size < 1 or self.window < 0 or (self.max_history or 0) < 0:
             raise ValueError(
                 f"k={self.k}, batch_size={self.batch_size}, window={self.window}, max_history={self.max_history}: set "

@@ -1,15 +1,19 @@
-"""Trained model + history store -> the top-k items of every user, in Parquet.
+"""Trained model + history store -> the top-k items of every user, in Parquet; or, for a run with task=ranking, a score
+for each candidate of given lists.
 
 torchrun --nproc-per-node 2 pipeline/score.py run=runs/ml100k out=runs/ml100k/scores
 python pipeline/score.py run=runs/mine out=scores/mine mode=incremental
+python pipeline/score.py task=ranking run=runs/ml1m-ranking candidates=lists.parquet out=scores/lists
 """
 
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.incremental import score_increment
 from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.ranking_scoring import score_candidates
 from elastic_rec.pipeline.run_folder import load_model, read_config
-from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode
+from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, Task, TrainConfig
 from elastic_rec.pipeline.scoring import score_store, scoring_config
+from elastic_rec.pipeline.task import ALL
 
 MODES = {ScoreMode.full: score_store, ScoreMode.incremental: score_increment}
 
@@ -22,7 +26,12 @@ def main(config: ScoreConfig, world: World) -> dict:
 def score(config: ScoreConfig, world: World) -> dict:
     if not config.out:
         raise ConfigError("out is empty: give out=DIR, the folder for the scores")
-    run = scoring_config(read_config(config.run), config)
+    run = read_config(config.run)
+    if config.task not in (None, run.task):
+        raise ConfigError(f"task={config.task.value}, but {config.run} was trained with task={run.task.value}")
+    if run.task is Task.ranking:
+        return _rank(config, run, world)
+    run = scoring_config(run, config)
     task, model, step = load_model(
         config.run,
         checkpoint=config.checkpoint,
@@ -32,6 +41,22 @@ def score(config: ScoreConfig, world: World) -> dict:
         config=run,
     )
     return {"run": config.run, "step": step, **MODES[config.mode](task, model, step=step, config=config)}
+
+
+def _rank(config: ScoreConfig, run: TrainConfig, world: World) -> dict:
+    if config.mode is not ScoreMode.full:
+        raise ConfigError("mode=incremental recommends items, a ranking run scores candidates: leave mode out")
+    if config.max_history is not None:
+        run.data.max_history = config.max_history or ALL
+    task, model, step = load_model(
+        config.run,
+        checkpoint=config.checkpoint,
+        world=world,
+        parallel=config.parallel,
+        store=config.store or run.data.store,
+        config=run,
+    )
+    return {"run": config.run, "step": step, **score_candidates(task, model, step=step, config=config)}
 
 
 if __name__ == "__main__":
