@@ -187,13 +187,13 @@ def test_cells_read_well():
 def test_far_back_trains_and_says_who_found_it(tmp_path):
     tiny = [
         "suite=far_back", f"out={tmp_path}", "memory.enabled=false", "far_back.markers=4", "far_back.noise_items=10",
-        "far_back.distances=[8,200]", "far_back.train_distance=64", "far_back.window=40", "far_back.steps=60",
+        "far_back.distances=[24,200]", "far_back.train_distance=64", "far_back.window=40", "far_back.steps=200",
         "far_back.step_events=2048", "far_back.users=200", "far_back.learning_rate=0.01",
     ]  # fmt: skip
     done = benchmark(*tiny)
     assert done.returncode == 0, done.stderr[-8000:]
     last = json.loads(done.stdout.strip().splitlines()[-1])
-    assert last["ELASTIC causal at 8"] > 0.6 and last["ELASTIC causal, newest 40 at 200"] < 0.45, last
+    assert last["ELASTIC causal at 24"] > 0.6 and last["ELASTIC causal, newest 40 at 200"] < 0.45, last
     assert last["SASRec, newest 40 at 200"] < 0.45, "chance is a quarter"
     assert "| 200 | 200 (standard error" in (tmp_path / "far_back.md").read_text()
     assert (tmp_path / "far_back.png").read_bytes().startswith(b"\x89PNG")
