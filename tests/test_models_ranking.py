@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from elastic_rec.feature_store.impressions.config import ImpressionSplit
 from elastic_rec.feature_store.impressions.reader import ImpressionReader
 from elastic_rec.feature_store.store import Store
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
-from elastic_rec.models.heads.histories import ActivationUnit, DinHistory, MeanHistory, SimHistory
+from elastic_rec.models.heads import target_attention
+from elastic_rec.models.heads.histories import MeanHistory
 from elastic_rec.models.heads.ranking import RankingModel, pair_loss
 from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.models.heads.retrieval import EventTable
+from elastic_rec.models.heads.target_attention import ActivationUnit, EventReader
 from elastic_rec.pipeline.ranking_task import RankingBatch
 
 READERS = ["tower", "bidirectional", "none", "mean", "din", "sim"]
@@ -106,31 +109,85 @@ def spans(batch, candidate: int, last_n: int = 10**9) -> tuple[int, int]:
     return max(int(batch.starts[i]), end - last_n), end
 
 
-def test_peers_against_plain_loops(store):
+def attend(unit: ActivationUnit, candidate_D, events_nD):
+    """DIN's definition: its MLP on each pair, softmax, weighted sum."""
+    if not len(events_nD):
+        return torch.zeros_like(candidate_D)
+    hidden = unit.event(events_nD) + unit.candidate(candidate_D) + unit.product(events_nD * candidate_D)
+    return unit.score(F.gelu(hidden)).squeeze(1).softmax(0) @ events_nD
+
+
+def test_mean_against_a_plain_loop(store):
     batch = batches(store)[0]
     g = torch.Generator().manual_seed(0)
-    T, C = batch.times_s.numel(), batch.impression.numel()
-    events_TD, candidates_CD = torch.randn(T, D, generator=g), torch.randn(C, D, generator=g)
-    mean = MeanHistory()(events_TD, candidates_CD, batch)
-    din, sim = DinHistory(D, last_n=9), SimHistory(D, last_n=9, top_k=3)
-    sim.unit = din.unit
-    got_din, got_sim = din(events_TD, candidates_CD, batch), sim(events_TD, candidates_CD, batch)
-
-    def attend(unit: ActivationUnit, candidate_D, events_nD):
-        if not len(events_nD):
-            return torch.zeros(D)
-        hidden = unit.event(events_nD) + unit.candidate(candidate_D) + unit.product(events_nD * candidate_D)
-        return unit.score(F.gelu(hidden)).squeeze(1).softmax(0) @ events_nD
-
-    for c in range(C):
-        start, end = spans(batch, c)
-        seen = events_TD[start:end]
+    events_TD = torch.randn(batch.times_s.numel(), D, generator=g)
+    mean = MeanHistory()(events_TD, torch.zeros(batch.impression.numel(), D), batch)
+    for c in range(len(mean)):
+        seen = events_TD[slice(*spans(batch, c))]
         wanted = seen.mean(0) if len(seen) else torch.zeros(D)
         torch.testing.assert_close(mean[c, 0], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_pairs", [1, 40, 1 << 15])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_event_readers_and_their_gradients_against_a_plain_loop(store, monkeypatch, top_k, block_pairs):
+    monkeypatch.setattr(target_attention, "BLOCK_PAIRS", block_pairs)
+    batch = batches(store)[0]
+    batch.ends[0] = batch.starts[0]  # one that sees no event
+    g = torch.Generator().manual_seed(0)
+    T, C = batch.times_s.numel(), batch.impression.numel()
+    events_TD, candidates_CD, grad_CD = (torch.randn(n, D, generator=g, dtype=torch.float64) for n in (T, C, C))
+    reader = EventReader(D, last_n=9, top_k=top_k).double()
+    leaves = [events_TD.requires_grad_(), candidates_CD.requires_grad_(), *reader.parameters()]
+    got_CD = reader(events_TD, candidates_CD, batch)[:, 0]
+    wanted = []
+    for c, candidate_D in enumerate(candidates_CD):
         near = events_TD[slice(*spans(batch, c, 9))]
-        torch.testing.assert_close(got_din[c, 0], attend(din.unit, candidates_CD[c], near), rtol=1e-4, atol=1e-5)
-        best = (near @ candidates_CD[c]).topk(min(3, len(near))).indices
-        torch.testing.assert_close(got_sim[c, 0], attend(din.unit, candidates_CD[c], near[best]), rtol=1e-4, atol=1e-5)
+        if top_k:
+            near = near[(near @ candidate_D).topk(min(top_k, len(near))).indices]
+        wanted.append(attend(reader.unit, candidate_D, near))
+    torch.testing.assert_close(got_CD, torch.stack(wanted))
+    got = torch.autograd.grad((got_CD * grad_CD).sum(), leaves)
+    torch.testing.assert_close(got, torch.autograd.grad((torch.stack(wanted) * grad_CD).sum(), leaves))
+
+
+def test_of_equally_near_events_the_newer_is_kept(store):
+    batch = batches(store)[0]
+    events_TD = torch.arange(batch.times_s.numel()).float()[:, None].expand(-1, D)
+    reader = EventReader(D, last_n=9, top_k=1)  # a candidate of zeros is equally near to all
+    got_CD = reader(events_TD, torch.zeros(batch.impression.numel(), D), batch)[:, 0]
+    ends_C = batch.ends[batch.impression]
+    sees = ends_C > batch.starts[batch.impression]
+    assert torch.equal(got_CD[sees, 0], ends_C[sees] - 1.0)
+
+
+def test_a_rank_without_events_has_a_gradient_for_every_parameter():
+    nothing, events_TD = torch.zeros(1, dtype=torch.int64), torch.zeros(0, D, requires_grad=True)
+    for num_candidates in (0, 2):
+        reader = EventReader(D, last_n=9)
+        batch = SimpleNamespace(starts=nothing, ends=nothing, impression=nothing.expand(num_candidates))
+        got = reader(events_TD, torch.ones(num_candidates, D), batch)
+        got.sum().backward()
+        assert got.shape == (num_candidates, 1, D) and not got.any()
+        assert all(parameter.grad is not None and not parameter.grad.any() for parameter in reader.parameters())
+
+
+def test_a_reader_of_a_thousand_events_keeps_no_pairs():
+    """500 candidates, 1,000 events: the hidden units of all pairs would be 64 MB. Kept: places, 9 bytes a pair."""
+    T, C = 1000, 500
+    spans_I = {"starts": torch.zeros(1, dtype=torch.int64), "ends": torch.tensor([T])}
+    batch = SimpleNamespace(**spans_I, impression=torch.zeros(C, dtype=torch.int64))
+    reader = EventReader(D, last_n=1000)
+    events_TD, candidates_CD = torch.randn(T, D, requires_grad=True), torch.randn(C, D)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        reader(events_TD, candidates_CD, batch).sum().backward()
+    held, peak = 0, 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    block = target_attention.BLOCK_PAIRS * 32 * 4
+    assert block < peak < 6 * block + 9 * T * C, f"{peak:,} bytes"
 
 
 @pytest.mark.parametrize("sharing", ["shared_bottom", "mmoe"])

@@ -1,7 +1,7 @@
 """Who reads the user's history for a candidate: the tower, or one of its peers. All answer with vectors per candidate.
 
 Legend: B visits (a user with some impressions), T their events end to end, I impressions, C candidates, D width,
-K interests, P pairs (candidate, event), F vectors.
+K interests, F vectors.
 
     forward(events_TD, candidates_CD, batch) -> (C, F, D)
 
@@ -21,6 +21,7 @@ from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.tower import build_tower
 from elastic_rec.models.heads.ranking_config import History, RankingConfig
 from elastic_rec.models.heads.retrieval import PrefixGather
+from elastic_rec.models.heads.target_attention import EventReader
 
 
 class TargetAttention(nn.Module):
@@ -103,85 +104,6 @@ class MeanHistory(nn.Module):
         return mean_ID[batch.impression][:, None]
 
 
-class Pairs(nn.Module):
-    """forward(batch) -> (candidate_P, event_P, offsets_C1): every candidate with the newest last_n events it sees."""
-
-    def __init__(self, last_n: int):
-        super().__init__()
-        self.last_n = last_n
-
-    def forward(self, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ends_C = batch.ends[batch.impression]
-        starts_C = torch.maximum(batch.starts[batch.impression], ends_C - self.last_n)
-        lengths_C = ends_C - starts_C
-        offsets_C1 = torch.cat([lengths_C.new_zeros(1), lengths_C.cumsum(0)])
-        num = int(offsets_C1[-1])
-        candidate_P = torch.repeat_interleave(lengths_C, output_size=num)
-        event_P = torch.arange(num, device=lengths_C.device) + (starts_C - offsets_C1[:-1])[candidate_P]
-        return candidate_P, event_P, offsets_C1
-
-
-class ActivationUnit(nn.Module):
-    """DIN's MLP on (candidate, event, their product), a number per pair; softmax over a candidate's events, so that 50
-    and 1,000 of them are on one scale (ours; the paper leaves the weights as they are). Its halves on the candidate
-    and on the event are computed once each, the pair's only on the product."""
-
-    def __init__(self, width: int, hidden: int = 32):
-        super().__init__()
-        self.event = nn.Linear(width, hidden)
-        self.candidate = nn.Linear(width, hidden, bias=False)
-        self.product = nn.Linear(width, hidden, bias=False)
-        self.score = nn.Linear(hidden, 1, bias=False)
-
-    def forward(self, events_TD, candidates_CD, candidate_P, event_P) -> torch.Tensor:
-        C, D = candidates_CD.shape
-        picked_PD = events_TD.index_select(0, event_P)
-        product_Ph = self.product(picked_PD * candidates_CD.index_select(0, candidate_P))
-        hidden_Ph = product_Ph + self.event(events_TD).index_select(0, event_P)
-        hidden_Ph = hidden_Ph + self.candidate(candidates_CD).index_select(0, candidate_P)
-        scores_P = self.score(F.gelu(hidden_Ph)).squeeze(1)
-        max_C = scores_P.detach().new_full((C,), -torch.inf).scatter_reduce(0, candidate_P, scores_P.detach(), "amax")
-        weights_P = (scores_P - max_C[candidate_P]).exp()
-        norm_C = weights_P.new_zeros(C).index_add(0, candidate_P, weights_P)
-        read_CD = picked_PD.new_zeros(C, D).index_add(0, candidate_P, weights_P[:, None] * picked_PD)
-        return (read_CD / (norm_C + (norm_C == 0))[:, None])[:, None]
-
-
-class DinHistory(nn.Module):
-    """Deep Interest Network (Zhou et al. 2018, arXiv 1706.06978): the candidate attends over the newest events."""
-
-    def __init__(self, width: int, last_n: int):
-        super().__init__()
-        self.pairs, self.unit = Pairs(last_n), ActivationUnit(width)
-
-    def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
-        candidate_P, event_P, _ = self.pairs(batch)
-        return self.unit(events_TD, candidates_CD, candidate_P, event_P)
-
-
-class SimHistory(nn.Module):
-    """Two stages after SIM (Pi et al. 2020, arXiv 2006.05639), soft search: the top_k events by dot product with the
-    candidate, then attention over those. The search takes the model's own vectors, without a gradient (ours)."""
-
-    def __init__(self, width: int, last_n: int, top_k: int):
-        super().__init__()
-        self.pairs, self.unit, self.top_k = Pairs(last_n), ActivationUnit(width), top_k
-
-    def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
-        candidate_P, event_P, offsets_C1 = self.pairs(batch)
-        near_P = self.nearest(events_TD.detach(), candidates_CD.detach(), candidate_P, event_P, offsets_C1)
-        return self.unit(events_TD, candidates_CD, candidate_P[near_P], event_P[near_P])
-
-    def nearest(self, events_TD, candidates_CD, candidate_P, event_P, offsets_C1) -> torch.Tensor:
-        """Which pairs are among their candidate's top_k; the newer of two equal ones first."""
-        scores_P = (events_TD[event_P] * candidates_CD[candidate_P]).sum(-1)
-        order_P = torch.arange(len(scores_P), device=scores_P.device).flip(0)
-        order_P = order_P[scores_P[order_P].sort(descending=True, stable=True).indices]
-        order_P = order_P[candidate_P[order_P].sort(stable=True).indices]
-        place_P = torch.arange(len(scores_P), device=scores_P.device) - offsets_C1[:-1][candidate_P[order_P]]
-        return order_P[place_P < self.top_k]
-
-
 def build_history(
     ranking: RankingConfig, tower: TowerConfig, memory: MemoryConfig, *, max_history: int, device=None
 ) -> tuple[nn.Module, int]:
@@ -195,8 +117,8 @@ def build_history(
     if ranking.history is History.mean:
         return MeanHistory(), 1
     if ranking.history is History.din:
-        return DinHistory(tower.width, ranking.last_n), 1
-    return SimHistory(tower.width, ranking.last_n, ranking.top_k), 1
+        return EventReader(tower.width, ranking.last_n), 1
+    return EventReader(tower.width, ranking.last_n, ranking.top_k), 1
 
 
 class QueryGap(nn.Module):
