@@ -4,6 +4,7 @@ python pipeline/benchmark.py suite=efficiency device=cpu
 python pipeline/benchmark.py suite=efficiency check=true "efficiency.events=[1024,4096,16384]"
 python pipeline/benchmark.py suite=streaming device=cpu
 python pipeline/benchmark.py suite=far_back
+python pipeline/benchmark.py suite=ranking device=cpu
 """
 
 import json
@@ -13,13 +14,18 @@ from pathlib import Path
 
 import torch
 
-from elastic_rec.pipeline.benchmarks import efficiency, far_back, streaming
+from elastic_rec.pipeline.benchmarks import efficiency, far_back, ranking, streaming
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig, Suite
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
 
 # A suite is a function (config, device, out, say) -> (figures of the last line, one text per missed target).
-SUITES = {Suite.efficiency: efficiency.run, Suite.streaming: streaming.run, Suite.far_back: far_back.run}
+SUITES = {
+    Suite.efficiency: efficiency.run,
+    Suite.streaming: streaming.run,
+    Suite.far_back: far_back.run,
+    Suite.ranking: ranking.run,
+}
 
 
 @verb("benchmark", BenchmarkConfig)

@@ -14,6 +14,7 @@ class Suite(StrEnum):
     efficiency = "efficiency"
     streaming = "streaming"
     far_back = "far_back"
+    ranking = "ranking"
 
 
 @dataclass
@@ -103,6 +104,38 @@ class StreamingConfig:
 
 
 @dataclass
+class RankingTargets:
+    candidates_ratio: float = field(
+        default=0.0, metadata={"help": "the tower's time for the longest list over that for the shortest; 0: off"}
+    )
+    state_ratio: float = field(
+        default=0.0, metadata={"help": "scoring from a state, slowest over fastest number of past events; 0: off"}
+    )
+
+
+@dataclass
+class RankingSuiteConfig:
+    events: int = field(default=1000, metadata={"help": "history of the user whose candidates are scored"})
+    candidates: list[int] = field(
+        default_factory=lambda: [1, 1000], metadata={"help": "how many candidates are scored, ascending"}
+    )
+    state_events: list[int] = field(
+        default_factory=lambda: [100, 1000], metadata={"help": "past events of the users with a state, ascending"}
+    )
+    repetitions: int = field(default=21, metadata={"help": "rounds over all cells; a figure is a median of rounds"})
+    targets: RankingTargets = field(default_factory=RankingTargets, metadata={"help": "what check=true asks for"})
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "state_events"):
+            numbers = getattr(self, name)
+            if not numbers or numbers != sorted(set(numbers)) or numbers[0] < 1:
+                raise ValueError(f"ranking.{name}={numbers}: give positive numbers in ascending order")
+        for name in ("repetitions", "events"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ranking.{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass
 class BenchmarkConfig:
     suite: Suite = field(default=Suite.efficiency, metadata={"help": "what to measure"})
     out: str = field(default="runs/benchmark", metadata={"help": "folder for table, figures and plot"})
@@ -119,6 +152,7 @@ class BenchmarkConfig:
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig, metadata={"help": "suite=efficiency"})
     streaming: StreamingConfig = field(default_factory=StreamingConfig, metadata={"help": "suite=streaming"})
     far_back: FarBackConfig = field(default_factory=FarBackConfig, metadata={"help": "suite=far_back"})
+    ranking: RankingSuiteConfig = field(default_factory=RankingSuiteConfig, metadata={"help": "suite=ranking"})
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
