@@ -183,6 +183,7 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
             "dropped_duplicates": filters["dropped_duplicates"] + duplicates,
             "dropped_events": filters["dropped_events"] + outside,
         },
+        "checks": checks | watch.counts,
     }
     manifest = publish(root, number, content)
     data_bytes = sum(entry["bytes"] for entry in data)
@@ -193,7 +194,7 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
         "hash": manifest["hash"],
         "read_events": read_events,
         "dropped_duplicates": duplicates,
-        "checks": checks | watch.counts,
+        "checks": content["checks"],
         **counts,
         "events": manifest["num_events"],
         "rewritten_files": len(data),

@@ -84,11 +84,12 @@ def concat_users(parts: list[Users]) -> Users:
 
 class Decoder:
     """columns: event columns to read beside the times. groups: all row groups of the store, in the order of its rows.
+    cache: keep what is decoded, where all of it fits in CACHE_BYTES; for those who read a store more than once.
 
     num_decoded_events counts what decode() has read from files, repeats included. Safe to use from several threads.
     """
 
-    def __init__(self, store: Store, columns: list[str]) -> None:
+    def __init__(self, store: Store, columns: list[str], *, cache: bool = True) -> None:
         store.check_columns(columns)
         self.store, self.columns = store, columns
         self.units_per_second = UNITS_PER_SECOND[store.time_unit]
@@ -102,7 +103,7 @@ class Decoder:
         self._counting = threading.Lock()
         self._thread = threading.local()  # each thread has its own open files: Arrow's are not for sharing
         decoded_bytes = store.num_events * 8 * (len(columns) + 1)
-        self._cache: dict[int, Users] | None = {} if decoded_bytes <= CACHE_BYTES else None
+        self._cache: dict[int, Users] | None = {} if cache and decoded_bytes <= CACHE_BYTES else None
 
     def decode(self, group: int) -> Users:
         """All users of a row group; DataError where it does not hold what the manifest says."""

@@ -263,9 +263,10 @@ def _build(
         "vocabularies": vocabularies,
         "source": {"columns": roles, "files": [{**entry, "generation": 0} for entry in inputs]},
         "filters": filters | dropped,
+        "checks": {name: checks[name] for name in CHECKS},
     }
     size = sum(entry["bytes"] for entry in [*content["files"], *vocabularies.values()])
     kept = {key: counts[key] for key in ("users", "items", "events")}
     kept["read_events"] = sum(entry["events"] for entry in inputs)
-    figures = {**kept, **dropped, "checks": {name: checks[name] for name in CHECKS}}
+    figures = {**kept, **dropped, "checks": content["checks"]}
     return content, {**figures, "input_files": len(paths), "data_files": len(written), "written_bytes": size}

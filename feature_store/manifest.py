@@ -2,8 +2,9 @@
 
     {format, version, name, time_unit, num_users, num_events, num_buckets, bucket_hash, schema,
      files: [{path, bytes, sha256, num_users, num_events, row_groups: [[users, events], ...], min_time, max_time}],
-     vocabularies: {column: {path, size, type, bytes, sha256}}, source, filters, generation, hash}
+     vocabularies: {column: {path, size, type, bytes, sha256}}, source, filters, checks, generation, hash}
 
+`checks` counts what was found in the events that came with this generation (checks.py).
 `hash` covers all the rest, file digests included, so two stores with one hash hold the same bytes. No date and no
 path of the store itself is inside: the same input gives the same manifest. Every append makes a generation with a
 manifest of its own, manifest-000007.json; manifest.json is a copy of the current one's (generations.py).

@@ -24,6 +24,7 @@ experiment (`experiment=ml1m`, a file in `configs/experiment/`). A key that is n
 """
 VERBS = {
     "ingest": schema.IngestVerbConfig,
+    "describe": schema.DescribeConfig,
     "train": schema.TrainConfig,
     "evaluate": schema.EvaluateConfig,
     "score": schema.ScoreConfig,

@@ -249,6 +249,22 @@ class ScoreConfig:
 
 
 @dataclass
+class DescribeConfig:
+    store: str = field(default="", metadata={"help": "history store to describe"})
+    generation: int | None = field(default=None, metadata={"help": "generation to describe; none: the current one"})
+    out: str = field(default="", metadata={"help": "HTML file to write; empty: STORE.html, beside a local store"})
+    max_history: list[int] = field(
+        default_factory=lambda: [50, 200, 1000],
+        metadata={"help": "limits on the history for which to say what they would cut"},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.max_history or min(self.max_history) < 1:
+            raise ValueError(f"max_history={self.max_history}: give limits of at least 1 event")
+        self.max_history = sorted(set(self.max_history))
+
+
+@dataclass
 class DemoConfig:
     data: str = field(default="ml100k", metadata={"help": "a name both in configs/data and in configs/experiment"})
     out: str = field(default="runs/demo", metadata={"help": "folder for store, run, scores and plot; emptied first"})
