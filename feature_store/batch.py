@@ -39,6 +39,16 @@ class Histories:
     times_s: np.ndarray
     num_global_users: int
 
+    def features(self) -> KeyedJaggedTensor:
+        """The event columns, one key each, stride B; without a copy where there is one column."""
+        columns = list(self.columns.values())
+        values = np.require(columns[0], requirements="W") if len(columns) == 1 else np.concatenate(columns)
+        return KeyedJaggedTensor(
+            keys=list(self.columns),
+            values=torch.from_numpy(values),
+            lengths=torch.from_numpy(np.tile(np.diff(self.offsets), len(columns))),
+        )
+
 
 @dataclass
 class PrefixBatch(Pipelineable):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+import torchrec  # noqa: F401 - registers torch.ops.fbgemm
 
 from elastic_rec.feature_store.batch import Histories
 from elastic_rec.feature_store.errors import DataError
@@ -42,7 +44,17 @@ class Users:
     columns: dict[str, np.ndarray]
 
     def take(self, users: np.ndarray) -> Users:
-        return self.stretches(users, self.offsets[users], self.offsets[users + 1])
+        """`users` in that order. FBGEMM copies whole stretches: half the time of gathering event by event."""
+        lengths = np.diff(self.offsets)
+        order, lengths_U1 = torch.from_numpy(users.astype(np.int32)), torch.from_numpy(lengths).unsqueeze(1)
+        offsets = offsets_of(lengths[users])
+
+        def permuted(values: np.ndarray) -> np.ndarray:
+            source = torch.from_numpy(np.require(values, requirements="W"))  # torch warns of Arrow's read-only memory
+            return torch.ops.fbgemm.permute_2D_sparse_data(order, lengths_U1, source, None, offsets[-1])[1].numpy()
+
+        columns = {name: permuted(values) for name, values in self.columns.items()}
+        return Users(self.rows[users], offsets, permuted(self.times), columns)
 
     def stretches(self, users: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> Users:
         """The events [starts, ends) (on the T axis) of each of `users`."""
@@ -143,7 +155,7 @@ class Decoder:
     def _check_ids(self, name: str, values: np.ndarray, users: Users, *, where: str) -> None:
         """An id outside its table would be looked up in a stranger's row; ingest never writes one."""
         size = self.store.manifest["vocabularies"][name]["size"]
-        if len(values) and not 0 <= values.min() <= values.max() < size:
+        if len(values) and values.view(np.uint64).max() >= size:  # a negative id is a huge one
             at = int(np.flatnonzero((values < 0) | (values >= size))[0])
             row = users.rows[np.searchsorted(users.offsets, at, side="right") - 1]
             raise DataError(

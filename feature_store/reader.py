@@ -183,8 +183,10 @@ class HistoryReader:
         """Blocks from the one with position `begin` on, read ahead."""
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
 
-        def load(block: Block) -> Loaded:
-            parts = [self.decoder.decode(share.group) for share in block.shares]
+        def decode(block: Block) -> tuple[Block, list[Users]]:
+            return block, [self.decoder.decode(share.group) for share in block.shares]
+
+        def lay_out(block: Block, parts: list[Users]) -> Loaded:
             if not parts:
                 return Loaded(block, no_users(self.columns), np.zeros(0, np.int64))
             firsts = offsets_of(np.array([len(users.rows) for users in parts]))
@@ -199,7 +201,8 @@ class HistoryReader:
             return Loaded(block, concat_users(parts).take(picks[in_order]), positions[in_order])
 
         blocks = (block for block in self._blocks(epoch) if block.stop > begin)
-        return ahead(load, blocks, workers=self.workers)
+        for block, parts in ahead(decode, blocks, workers=self.workers):
+            yield lay_out(block, parts)
 
     def _histories(self, parts: list[Users], *, num_global_users: int) -> Histories:
         users = concat_users(parts)

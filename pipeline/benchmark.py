@@ -5,6 +5,7 @@ python pipeline/benchmark.py suite=efficiency check=true "efficiency.events=[102
 python pipeline/benchmark.py suite=streaming device=cpu
 python pipeline/benchmark.py suite=far_back
 python pipeline/benchmark.py suite=ranking device=cpu
+python pipeline/benchmark.py suite=feature_store device=cpu
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_rec.pipeline.benchmarks import efficiency, far_back, ranking, streaming
+from elastic_rec.pipeline.benchmarks import efficiency, far_back, feature_store, ranking, streaming
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig, Suite
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
@@ -25,6 +26,7 @@ SUITES = {
     Suite.streaming: streaming.run,
     Suite.far_back: far_back.run,
     Suite.ranking: ranking.run,
+    Suite.feature_store: feature_store.run,
 }
 
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, MODES
 from elastic_rec.pipeline.benchmarks.far_back_set import FarBackConfig
+from elastic_rec.pipeline.benchmarks.store_config import StoreBenchmarkConfig
 
 
 class Suite(StrEnum):
@@ -15,6 +16,7 @@ class Suite(StrEnum):
     streaming = "streaming"
     far_back = "far_back"
     ranking = "ranking"
+    feature_store = "feature_store"
 
 
 @dataclass
@@ -153,6 +155,9 @@ class BenchmarkConfig:
     streaming: StreamingConfig = field(default_factory=StreamingConfig, metadata={"help": "suite=streaming"})
     far_back: FarBackConfig = field(default_factory=FarBackConfig, metadata={"help": "suite=far_back"})
     ranking: RankingSuiteConfig = field(default_factory=RankingSuiteConfig, metadata={"help": "suite=ranking"})
+    feature_store: StoreBenchmarkConfig = field(
+        default_factory=StoreBenchmarkConfig, metadata={"help": "suite=feature_store"}
+    )
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
