@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from elastic_rec.feature_store import schema
 from elastic_rec.feature_store.checks import OrderWatch, Policy
@@ -40,7 +41,8 @@ def append(config: IngestConfig) -> dict:
         if not config.force and config.event_id_column is None:
             _refuse_known(paths, base)
         with scratch_folder(root) as work:
-            figures = _fold(config, base, paths, format, work)
+            merged = _merge(config, base, paths, format, work)
+            figures = _publish(base, merged, work) if merged.counts else _nothing_new(base, merged)
     seconds = time.perf_counter() - began
     rate = round(figures["read_events"] / seconds)
     peak = peak_memory_bytes()
@@ -98,7 +100,8 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
 
 def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
-    known = {entry["sha256"]: f"{entry['path']}, generation {entry['generation']}" for entry in _inputs(base)}
+    taken = base.manifest["source"]["files"]
+    known = {entry["sha256"]: f"{entry['path']}, generation {entry['generation']}" for entry in taken}
     for path in paths:
         digest = path.digest()
         if digest in known:
@@ -109,11 +112,25 @@ def _refuse_known(paths: list[Location], base: Store) -> None:
         known[digest] = f"{path}, this append"
 
 
-def _inputs(base: Store) -> list[dict]:
-    return base.manifest["source"]["files"]
+class Merged(NamedTuple):
+    """What came of the new events, in files of the work folder that nothing refers to yet.
+
+    read_events: of the input. old: entries of the data files that `data` replaces. counts: as MergeEngine.fold gives
+    them, None where every event was known or dropped. outside: events dropped by the time range.
+    """
+
+    inputs: list[dict]
+    read_events: int
+    checks: dict[str, int]
+    duplicates: int
+    outside: int
+    old: list[dict]
+    data: list[dict]
+    vocabularies: dict[str, dict]
+    counts: dict[str, int] | None
 
 
-def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str, work: Path) -> dict:
+def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str, work: Path) -> Merged:
     root, roles = base.path, config.roles()
     old_files = {_bucket(entry): entry for entry in base.manifest["files"]}
     (work / "duckdb").mkdir()
@@ -137,7 +154,7 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
         checks["duplicates"] += (known := engine.drop_known(list(copies.values())))
         duplicates = checks["duplicates"] if config.checks.duplicates is Policy.drop else known
         if not engine.num_staged():
-            return _nothing_new(base, read_events, duplicates, checks)
+            return Merged(inputs, read_events, checks, duplicates, outside, [], [], {}, None)
         old = _pick(old_files, engine.touched_buckets())
         counts = engine.fold(min_vocabulary_count=config.min_vocabulary_count)
         vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
@@ -152,66 +169,74 @@ def _fold(config: IngestConfig, base: Store, paths: list[Location], format: str,
             ),
             row_group_events=config.row_group_events,
             watch=watch,
-            num_events=sum(entry["num_events"] for entry in old) + counts["appended_events"],
+            num_events=_num_events(old) + counts["appended_events"],
         )
     data = [describe_written(work, file) for file in written]
-    expected = sum(entry["num_events"] for entry in old) + counts["appended_events"]
-    if (found := sum(entry["num_events"] for entry in data)) != expected:
+    return Merged(inputs, read_events, checks | watch.counts, duplicates, outside, old, data, vocabularies, counts)
+
+
+def _publish(base: Store, merged: Merged, work: Path) -> dict:
+    """The next generation, from the files in `work`; returns its figures."""
+    root, counts = base.path, merged.counts
+    expected = _num_events(merged.old) + counts["appended_events"]
+    if (found := _num_events(merged.data)) != expected:
         raise DataError(
             f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
             "program: please report it with the input"
         )
     number = next_generation(root)
-    data = put_in_place(data, work, root)
-    vocabularies = dict(zip(vocabularies, put_in_place(list(vocabularies.values()), work, root), strict=True))
-    by_bucket = old_files | {_bucket(entry): entry for entry in data}
+    data = put_in_place(merged.data, work, root)
+    names, entries = list(merged.vocabularies), list(merged.vocabularies.values())
+    vocabularies = dict(zip(names, put_in_place(entries, work, root), strict=True))
+    by_bucket = {_bucket(entry): entry for entry in [*base.manifest["files"], *data]}
     files = [by_bucket[bucket] for bucket in sorted(by_bucket)]
-    filters = base.manifest["filters"]
+    source, filters = base.manifest["source"], base.manifest["filters"]
+    dropped = {"dropped_duplicates": merged.duplicates, "dropped_events": merged.outside}
     content = {
         **base.manifest,
         "parent": base.manifest["hash"],
         "num_users": counts["users"],
-        "num_events": sum(entry["num_events"] for entry in files),
+        "num_events": _num_events(files),
         "files": files,
         "vocabularies": vocabularies,
         "source": {
-            **base.manifest["source"],
-            "files": [*_inputs(base), *({**entry, "generation": number} for entry in inputs)],
+            **source,
+            "files": [*source["files"], *({**entry, "generation": number} for entry in merged.inputs)],
         },
-        "filters": filters
-        | {
-            "dropped_duplicates": filters["dropped_duplicates"] + duplicates,
-            "dropped_events": filters["dropped_events"] + outside,
-        },
-        "checks": checks | watch.counts,
+        "filters": filters | {name: filters[name] + more for name, more in dropped.items()},
+        "checks": merged.checks,
     }
     manifest = publish(root, number, content)
     data_bytes = sum(entry["bytes"] for entry in data)
-    vocabulary_bytes = sum(entry["bytes"] for entry in vocabularies.values())
+    written_bytes = data_bytes + sum(entry["bytes"] for entry in vocabularies.values())
     appended_bytes = data_bytes * counts["appended_events"] / expected
     return {
         "generation": number,
         "hash": manifest["hash"],
-        "read_events": read_events,
-        "dropped_duplicates": duplicates,
-        "checks": content["checks"],
+        "read_events": merged.read_events,
+        "dropped_duplicates": merged.duplicates,
+        "checks": merged.checks,
         **counts,
         "events": manifest["num_events"],
         "rewritten_files": len(data),
-        "written_bytes": data_bytes + vocabulary_bytes,
+        "written_bytes": written_bytes,
         "appended_bytes": round(appended_bytes),
-        "write_amplification": round((data_bytes + vocabulary_bytes) / appended_bytes, 2),
+        "write_amplification": round(written_bytes / appended_bytes, 2),
     }
 
 
-def _nothing_new(base: Store, read_events: int, duplicates: int, checks: dict[str, int]) -> dict:
+def _num_events(entries: list[dict]) -> int:
+    return sum(entry["num_events"] for entry in entries)
+
+
+def _nothing_new(base: Store, merged: Merged) -> dict:
     """Every event was there already, or dropped: the current generation stays the current one."""
     return {
         "generation": base.generation,
         "hash": base.manifest["hash"],
-        "read_events": read_events,
-        "dropped_duplicates": duplicates,
-        "checks": checks,
+        "read_events": merged.read_events,
+        "dropped_duplicates": merged.duplicates,
+        "checks": merged.checks,
         "appended_events": 0,
         "users": base.num_users,
         "new_users": 0,
