@@ -9,7 +9,6 @@ Passes: one user's whole history through `step`, in a process of its own per len
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from elastic_rec.feature_store.progress import peak_memory_bytes
 from elastic_rec.models.elastic.causal_tower import CausalTower
 from elastic_rec.models.elastic.config import Attention
 from elastic_rec.models.elastic.state import UserState
@@ -141,11 +141,4 @@ def _pass(sender, config: BenchmarkConfig, events: int) -> None:
         start = time.perf_counter()
         tower.step(tokens_TD, torch.tensor([0, events]), times_s_T, tower.init_state(1), False)
         samples_s.append(time.perf_counter() - start)
-    sender.send((_peak_rss_bytes(), samples_s[1:]))
-
-
-def _peak_rss_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would be the parent's, where that is larger: it survives exec
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    sender.send((peak_memory_bytes(), samples_s[1:]))
