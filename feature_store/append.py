@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from elastic_rec.feature_store import schema
-from elastic_rec.feature_store.checks import OrderWatch, Policy
-from elastic_rec.feature_store.contents import describe_written, load_inputs, write_vocabularies
-from elastic_rec.feature_store.cutter import write_histories
+from elastic_rec.feature_store.checks import Policy
+from elastic_rec.feature_store.contents import write_sorted, write_vocabularies
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.generations import next_generation, publish, scratch_folder, writing
@@ -142,7 +141,7 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
         threads=config.threads,
         checks=config.checks,
     ) as engine:
-        inputs = load_inputs(engine, paths, format=format, roles=roles, work=work)
+        inputs = engine.load_inputs(paths, format=format, columns=roles)
         read_events = sum(entry["events"] for entry in inputs)
         checks = engine.clean()
         engine.adopt_types()
@@ -158,8 +157,7 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
         old = _pick(old_files, engine.touched_buckets())
         counts = engine.fold(min_vocabulary_count=config.min_vocabulary_count)
         vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
-        watch = OrderWatch(config.checks, base.time_unit)
-        written = write_histories(
+        data, order_checks = write_sorted(
             engine.merged_batches([copies[entry["path"]] for entry in old]),
             root=work,
             schema=schema.history_schema(
@@ -168,11 +166,11 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
                 context_columns=config.context_columns,
             ),
             row_group_events=config.row_group_events,
-            watch=watch,
+            checks=config.checks,
+            unit=base.time_unit,
             num_events=_num_events(old) + counts["appended_events"],
         )
-    data = [describe_written(work, file) for file in written]
-    return Merged(inputs, read_events, checks | watch.counts, duplicates, outside, old, data, vocabularies, counts)
+    return Merged(inputs, read_events, checks | order_checks, duplicates, outside, old, data, vocabularies, counts)
 
 
 def _publish(base: Store, merged: Merged, work: Path) -> dict:

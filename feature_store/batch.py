@@ -18,8 +18,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-from torchrec.streamable import Pipelineable
+
+from elastic_rec.feature_store.torchrec_types import KeyedJaggedTensor, Pipelineable
 
 
 @dataclass(frozen=True)

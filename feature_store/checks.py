@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.schema import TIMESTAMP, UNITS_PER_SECOND, USER
-from elastic_rec.feature_store.splits import parse_time_s
+from elastic_rec.feature_store.times import parse_time_s
 
 SEQ = "seq"
 # Places of events that a store holds already count up from here, so each is less than any row of the input.
@@ -96,6 +96,13 @@ class ChecksConfig:
 
     def max_gap(self, unit: str) -> int:
         return int(self.max_gap_days * DAY_S * UNITS_PER_SECOND[unit])
+
+
+def duplicates_found(count: int, user: int | str, time: int, event_id: int | str) -> DataError:
+    return DataError(
+        f"{count} duplicate events (same user, time and event id), the first of user {user!r}, time {time}, "
+        f"event id {event_id!r}; set checks.duplicates=drop or keep"
+    )
 
 
 class OrderWatch:

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from elastic_rec.feature_store import manifest, schema
-from elastic_rec.feature_store.cutter import WrittenFile
-from elastic_rec.feature_store.engine import DuckEngine
-from elastic_rec.feature_store.filesystem import Location, open_location
-from elastic_rec.feature_store.progress import progress
-from elastic_rec.feature_store.sources import open_source
+from elastic_rec.feature_store import manifest
+from elastic_rec.feature_store.checks import ChecksConfig, OrderWatch
+from elastic_rec.feature_store.cutter import WrittenFile, write_histories
+from elastic_rec.feature_store.schema import EVENTS, USER
+
+if TYPE_CHECKING:
+    from elastic_rec.feature_store.engine import DuckEngine
+    from elastic_rec.feature_store.spark.engine import SparkEngine
 
 
-def load_inputs(
-    engine: DuckEngine, paths: list[Location], *, format: str, roles: dict[str, str], work: Path
-) -> list[dict]:
-    """Stages all files in order; one entry {path, format, bytes, sha256, events} each. roles: role -> input column.
-    Files that are not on the local disk are copied to `work` while they are read."""
-    named = ("user", "item", "timestamp", "event_id")
-    settings = {role: f"{role}_column" if role in named else "context_columns" for role in roles}
-    entries = []
-    bar = progress("read", total=len(paths), unit=" files")
-    for path in paths:
-        local = path.fetch(work / "input")
-        source = open_source(path, local, format=format, columns=roles, settings=settings)
-        entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
-        # What an append knows an input by: its bytes, not its name.
-        entry["sha256"] = open_location(local).digest()
-        entries.append(entry | {"events": engine.load(source)})
-        if not path.is_local:
-            local.unlink()
-        bar.update(1)
-    bar.close()
-    return entries
+def write_sorted(
+    batches: Iterable[pa.RecordBatch],
+    *,
+    root: Path,
+    schema: pa.Schema,
+    row_group_events: int,
+    checks: ChecksConfig,
+    unit: str,
+    num_events: int = 0,
+) -> tuple[list[dict], dict[str, int]]:
+    """Sorted events -> data files under root. Returns what the manifest says of each, and counts of the checks that
+    look at whole histories. num_events is for the progress bar."""
+    watch = OrderWatch(checks, unit)
+    written = write_histories(
+        batches, root=root, schema=schema, row_group_events=row_group_events, watch=watch, num_events=num_events
+    )
+    return [_describe_written(root, file) for file in written], watch.counts
 
 
-def write_vocabularies(engine: DuckEngine, columns: list[str], root: Path) -> dict[str, dict]:
+def write_vocabularies(engine: DuckEngine | SparkEngine, columns: list[str], root: Path) -> dict[str, dict]:
     (root / "vocab").mkdir()
     entries = {}
     for column in columns:
@@ -50,14 +50,14 @@ def write_vocabularies(engine: DuckEngine, columns: list[str], root: Path) -> di
 
 
 def describe_schema(store_schema: pa.Schema) -> dict:
-    leaves = store_schema.field(schema.EVENTS).type.value_type
+    leaves = store_schema.field(EVENTS).type.value_type
     return {
-        schema.USER: str(store_schema.field(schema.USER).type),
-        schema.EVENTS: {leaf.name: str(leaf.type) for leaf in leaves},
+        USER: str(store_schema.field(USER).type),
+        EVENTS: {leaf.name: str(leaf.type) for leaf in leaves},
     }
 
 
-def describe_written(root: Path, file: WrittenFile) -> dict:
+def _describe_written(root: Path, file: WrittenFile) -> dict:
     return {
         **manifest.describe_file(root, file.path),
         "num_users": sum(users for users, _ in file.row_groups),

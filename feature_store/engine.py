@@ -2,8 +2,8 @@
 
 Every file is inserted into one staging table in input order. DuckDB keeps insertion order (also when it parses a file
 in parallel), so rowid IS "file number, row number", the tie-break of the sort. All passes but the first read the
-staging table, on disk beside the future store, and never parse text again. Spark will do the same job behind the same
-calls: load, clean, select, vocabulary, sorted_batches.
+staging table, on disk beside the future store, and never parse text again. Spark does the same job behind the same
+calls (spark/engine.py): load_inputs, clean, select, id_type, vocabulary, write.
 
 Bucket of a user, the same on every engine: int64 ids ((id % N) + N) % N; strings: the first 15 hex digits of
 md5(utf-8 bytes) read as an unsigned integer, modulo N.
@@ -16,10 +16,14 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy
+from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy, duplicates_found
+from elastic_rec.feature_store.contents import write_sorted
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.sources import Source, id_sql, time_sql
+from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.progress import progress
+from elastic_rec.feature_store.sources import Source, check_same_kinds, id_sql, open_source, time_sql
 from elastic_rec.feature_store.sql import bucket_sql, record_batches
+from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
 BATCH_EVENTS = 1 << 17
@@ -39,6 +43,7 @@ class DuckEngine:
             self._db = duckdb.connect(str(work / "events.duckdb"), config=config)
         except duckdb.Error as error:
             raise DataError(f"DuckDB refused its settings ({error}); check memory_limit and threads") from error
+        self._work = work
         self._memory_limit = memory_limit
         self._roles = roles
         self._unit = unit
@@ -48,7 +53,6 @@ class DuckEngine:
         self._num_loaded = 0
         self._indexed = [r for r in roles if r not in ("timestamp", "event_id")]
         self._kinds: dict[str, str] = {}
-        self._first_source: Source | None = None
 
     def __enter__(self) -> DuckEngine:
         return self
@@ -60,20 +64,42 @@ class DuckEngine:
                 f"memory_limit={self._memory_limit} is too small ({error}); raise it or lower threads"
             ) from error
 
-    def load(self, source: Source) -> int:
+    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
+        """Stages all files in order; one entry {path, format, bytes, sha256, events} each. columns: role -> input
+        column."""
+        bar = progress("read", total=len(paths), unit=" files")
+        entries = []
+        for path in paths:
+            entries.append(self.load_input(path, format=format, columns=columns))
+            bar.update(1)
+        bar.close()
+        return entries
+
+    def load_input(self, path: Location, *, format: str, columns: dict[str, str]) -> dict:
+        """One file of load_inputs. A file that is not on the local disk is copied there while it is read."""
+        self._is_typed = format == "parquet"
+        local = path.fetch(self._work / "input")
+        source = open_source(path, local, format=format, columns=columns)
+        entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
+        # What an append knows an input by: its bytes, not its name.
+        entry["sha256"] = open_location(local).digest()
+        entry["events"] = self._load(source)
+        if not path.is_local:
+            local.unlink()
+        return entry
+
+    def expect_kinds(self, kinds: dict[str, str], *, first: str) -> None:
+        """Before the first file: what its columns have to be, as they are in `first`, which is read elsewhere."""
+        self._kinds, self._first = kinds, first
+        columns = (f'"{r}" {"BIGINT" if r == "timestamp" or kinds[r] == "int64" else "VARCHAR"}' for r in self._roles)
+        self._run(f"CREATE TABLE raw ({', '.join(columns)})")
+
+    def _load(self, source: Source) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
-        if self._first_source is None:
-            self._first_source = source
-            self._kinds = {role: kind for role, kind in source.kinds.items() if role != "timestamp"}
-            types = [f'"{r}" {"BIGINT" if self._kinds.get(r, "int64") == "int64" else "VARCHAR"}' for r in self._roles]
-            self._run(f"CREATE TABLE raw ({', '.join(types)})")
-        for role, kind in self._kinds.items():
-            if source.kinds[role] != kind:
-                raise DataError(
-                    f"{source.path}: {role} is {source.kinds[role]}, but {kind} in {self._first_source.path}; "
-                    "all files must agree, cast one of them"
-                )
+        if not self._kinds:
+            self.expect_kinds(source.kinds, first=str(source.path))
+        check_same_kinds(source, self._kinds, self._first)
         values = ", ".join(self._staged_sql(source, role) for role in self._roles)
         try:
             ((count,),) = self._run(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
@@ -106,13 +132,18 @@ class DuckEngine:
             check = failed[why.index(True)]
             self._explain(source, row=row, check=check, more=found[check] - 1)
 
-    def clean(self) -> dict[str, int]:
-        """After the last load: drops what fails a check whose policy is drop. Returns how many events failed each,
-        but for out_of_order and gaps that are kept (OrderWatch counts those)."""
-        found = dict(self._found)
+    def drop_bad_rows(self) -> dict[str, int]:
+        """After the last load: drops what fails a check that one row decides and whose policy is drop. Returns how many
+        events failed each."""
         drop = [self._conditions[name] for name in self._checks.named(Policy.drop) if self._found.get(name)]
         if drop:
             self._one(f"DELETE FROM raw WHERE {' OR '.join(f'({condition})' for condition in drop)}")
+        return dict(self._found)
+
+    def clean(self) -> dict[str, int]:
+        """After the last load: drops what fails a check whose policy is drop. Returns how many events failed each,
+        but for out_of_order and gaps that are kept (OrderWatch counts those)."""
+        found = self.drop_bad_rows()
         found["duplicates"] = self._duplicates()
         if self._checks.out_of_order is Policy.drop:
             found["out_of_order"] = self._delete(
@@ -148,10 +179,7 @@ class DuckEngine:
         count = self._one(f"SELECT count(*) {twice}")
         if count and self._checks.duplicates is Policy.fail:
             (example,) = self._run(f'SELECT raw."user", raw.timestamp, raw.event_id {twice} ORDER BY raw.rowid LIMIT 1')
-            raise DataError(
-                f"{count} duplicate events (same user, time and event id), the first of user {example[0]!r}, time "
-                f"{example[1]}, event id {example[2]!r}; set checks.duplicates=drop or keep"
-            )
+            raise duplicates_found(count, *example)
         return count
 
     def select(
@@ -227,13 +255,29 @@ class DuckEngine:
             ids = ids.cast(pa.string())
         return Vocabulary(column=role, ids=ids, counts=table["n"].to_numpy())
 
-    def sorted_batches(self, *, num_buckets: int) -> pa.RecordBatchReader:
-        """Kept events as (bucket, user_id, timestamp, [event_id,] item, context..., seq) sorted by bucket, user,
-        timestamp, event_id, input order (seq); ids of item and context as vocabulary indices."""
-        return self._sorted(self._new_events(num_buckets))
+    def staged_batches(self) -> pa.RecordBatchReader:
+        """The staged events as (seq, one column per role), in input order; seq is the place in the input."""
+        columns = ", ".join(f'"{role}"' for role in self._roles)
+        return record_batches(self._db, f"SELECT rowid AS {SEQ}, {columns} FROM raw", BATCH_EVENTS)
+
+    def write(
+        self, staging: LocalStaging | RemoteStaging, *, num_buckets: int, schema: pa.Schema, row_group_events: int
+    ) -> tuple[list[dict], dict[str, int]]:
+        """Kept events sorted by bucket, user, timestamp, event_id, input order (seq), ids of item and context as
+        vocabulary indices -> data files. Returns what write_sorted does."""
+        num_events = self.num_staged()  # no question may come while the answer to the next one is being read
+        return write_sorted(
+            self._sorted(self._new_events(num_buckets)),
+            root=staging.root,
+            schema=schema,
+            row_group_events=row_group_events,
+            checks=self._checks,
+            unit=self._unit,
+            num_events=num_events,
+        )
 
     def _new_events(self, num_buckets: int) -> str:
-        """SQL of the staged events as the store holds them; seq is their place in the input."""
+        """SQL of the staged events as (bucket, user_id, timestamp, [event_id,] item, context..., seq)."""
         leaves = ["raw.timestamp AS timestamp"]
         if "event_id" in self._roles:
             leaves.append(f"{self._value('event_id')} AS event_id")
@@ -267,8 +311,8 @@ class DuckEngine:
         """Text ids are integers where every one of them is written as DuckDB would write that integer ("07" is not)."""
         if self._kinds[role] == "int64":
             return "int64"
-        if self._first_source is not None and self._first_source.scan.startswith("read_parquet"):
-            return "string"  # a typed file says what it means
+        if self._is_typed:
+            return "string"  # the file says what it means
         return "string" if self._not_an_integer(role) is not None else "int64"
 
     def _not_an_integer(self, role: str) -> str | None:

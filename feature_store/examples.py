@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.hashing import counter_uniform
 from elastic_rec.feature_store.jagged import span_indices
 from elastic_rec.feature_store.splits import SplitConfig, split_bounds
+from elastic_rec.feature_store.torchrec_types import KeyedJaggedTensor
 from elastic_rec.feature_store.vocabulary import PAD, UNKNOWN
 
 NUM_GAP_BUCKETS = 40

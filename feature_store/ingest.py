@@ -1,6 +1,6 @@
 """Raw event log -> history store, all or nothing.
 
-    input files --DuckDB: check, filter, sort--> Arrow batches --run-cutter--> <out>.tmp-<pid>/ --one rename--> <out>
+    input files --engine: check, filter, sort--> Arrow batches --run-cutter--> <out>.tmp-<pid>/ --one rename--> <out>
 
 The manifest is the last file written into the staging folder and the rename the last act: at no moment is there a
 half store under `out`. An error removes the staging folder; a killed process leaves it, and the next ingest to the
@@ -12,19 +12,23 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic_rec.feature_store import schema
-from elastic_rec.feature_store.checks import CHECKS, ChecksConfig, OrderWatch, Policy
-from elastic_rec.feature_store.contents import describe_schema, describe_written, load_inputs, write_vocabularies
-from elastic_rec.feature_store.cutter import write_histories
+from elastic_rec.feature_store.checks import CHECKS, ChecksConfig, Policy
+from elastic_rec.feature_store.contents import describe_schema, write_vocabularies
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.progress import peak_memory_bytes
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.sources import find_inputs
-from elastic_rec.feature_store.splits import parse_time_s
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging, stage
+from elastic_rec.feature_store.times import parse_time_s
+
+if TYPE_CHECKING:
+    from elastic_rec.feature_store.spark.engine import SparkEngine
 
 FILTERS = ("min_user_events", "min_item_events", "max_history", "min_vocabulary_count")
 BUCKET_HASH = "int64: ((id % N) + N) % N; string: int(md5(utf8).hexdigest()[:15], 16) % N"
@@ -42,6 +46,11 @@ class TimeUnit(Enum):
     ms = "ms"
     us = "us"
     ns = "ns"
+
+
+class Engine(Enum):
+    duckdb = "duckdb"
+    spark = "spark"
 
 
 class IngestMode(Enum):
@@ -122,10 +131,21 @@ class IngestConfig:
     overwrite: bool = field(
         default=False, metadata={"help": "Replace the store at `out`, once the new one is complete."}
     )
-    memory_limit: str = field(
-        default="1GB", metadata={"help": "Memory of DuckDB; beyond it the sort spills beside `out`."}
+    engine: Engine = field(
+        default=Engine.duckdb,
+        metadata={
+            "help": "What checks, filters and sorts: duckdb on this machine, or spark on a cluster (create only; "
+            "extra `spark`). Both give the same store."
+        },
     )
-    threads: int = field(default=0, metadata={"help": "Threads of DuckDB; 0: one per core."})
+    spark_master: str | None = field(
+        default=None, metadata={"help": "spark: its master, as local[4]; none: what spark-submit or Spark's conf says."}
+    )
+    memory_limit: str = field(
+        default="1GB",
+        metadata={"help": "Memory of DuckDB; beyond it the sort spills beside `out` (spark: of each task that reads)."},
+    )
+    threads: int = field(default=0, metadata={"help": "Threads of DuckDB; 0: one per core (spark: one per task)."})
     force: bool = field(
         default=False,
         metadata={"help": "append: take an input without event ids even if the store holds it already (doubles it)."},
@@ -138,7 +158,7 @@ class IngestConfig:
 
     def __post_init__(self) -> None:
         self.format, self.timestamp_unit = InputFormat(self.format), TimeUnit(self.timestamp_unit)
-        self.mode = IngestMode(self.mode)
+        self.mode, self.engine = IngestMode(self.mode), Engine(self.engine)
         self._check_mode()
         times = self.time_range()
         if None not in times and times[0] >= times[1]:
@@ -172,6 +192,10 @@ class IngestConfig:
             )
         if self.input and mode in ("compact", "rollback"):
             raise ValueError(f"mode={mode} reads no input; leave input out")
+        if self.engine is Engine.spark and mode != "create":
+            raise ValueError(f"engine=spark makes stores (mode=create); mode={mode} needs engine=duckdb, for any store")
+        if self.spark_master is not None and self.engine is not Engine.spark:
+            raise ValueError(f"spark_master={self.spark_master} has no effect on engine=duckdb; set engine=spark")
         if self.grace_hours < 0:
             raise ValueError(f"grace_hours={self.grace_hours}: give 0 for none, or more")
 
@@ -208,20 +232,30 @@ def ingest(config: IngestConfig) -> dict:
     }
 
 
+def _engine(config: IngestConfig, work: Path) -> DuckEngine | SparkEngine:
+    settings = {
+        "roles": list(config.roles()),
+        "unit": config.timestamp_unit.value,
+        "memory_limit": config.memory_limit,
+        "threads": config.threads,
+        "checks": config.checks,
+    }
+    if config.engine is Engine.duckdb:
+        return DuckEngine(work=work, **settings)
+    try:
+        from elastic_rec.feature_store.spark.engine import SparkEngine
+    except ImportError as error:
+        raise DataError(f"engine=spark needs PySpark ({error}): pip install 'elastic-rec[spark]'") from error
+    return SparkEngine(master=config.spark_master, **settings)
+
+
 def _build(
     config: IngestConfig, paths: list[Location], format: str, staging: LocalStaging | RemoteStaging
 ) -> tuple[dict, dict]:
     """Data files and vocabularies in staging.root; returns what the manifest says of them, and figures."""
     roles = config.roles()
-    with DuckEngine(
-        work=staging.work,
-        roles=list(roles),
-        unit=config.timestamp_unit.value,
-        memory_limit=config.memory_limit,
-        threads=config.threads,
-        checks=config.checks,
-    ) as engine:
-        inputs = load_inputs(engine, paths, format=format, roles=roles, work=staging.work)
+    with _engine(config, staging.work) as engine:
+        inputs = engine.load_inputs(paths, format=format, columns=roles)
         checks = engine.clean()
         filters = {name: getattr(config, name) for name in FILTERS}
         counts = engine.select(**filters, times=config.time_range())
@@ -237,17 +271,12 @@ def _build(
             event_id_type=engine.id_type("event_id"),
             context_columns=config.context_columns,
         )
-        written = write_histories(
-            engine.sorted_batches(num_buckets=config.num_buckets),
-            root=staging.root,
-            schema=store_schema,
-            row_group_events=config.row_group_events,
-            watch=(watch := OrderWatch(config.checks, config.timestamp_unit.value)),
-            num_events=counts["events"],
+        files, order_checks = engine.write(
+            staging, num_buckets=config.num_buckets, schema=store_schema, row_group_events=config.row_group_events
         )
     dropped = {f"dropped_{what}": counts[f"read_{what}"] - counts[what] for what in ("events", "users", "items")}
     dropped["dropped_duplicates"] = checks["duplicates"] if config.checks.duplicates is Policy.drop else 0
-    checks = watch.counts | checks
+    checks = order_checks | checks
     filters |= {"first_time": config.first_time, "end_time": config.end_time}
     content = {
         "generation": 0,
@@ -259,7 +288,7 @@ def _build(
         "row_group_events": config.row_group_events,
         "bucket_hash": BUCKET_HASH,
         "schema": describe_schema(store_schema),
-        "files": [describe_written(staging.root, file) for file in written],
+        "files": files,
         "vocabularies": vocabularies,
         "source": {"columns": roles, "files": [{**entry, "generation": 0} for entry in inputs]},
         "filters": filters | dropped,
@@ -269,4 +298,4 @@ def _build(
     kept = {key: counts[key] for key in ("users", "items", "events")}
     kept["read_events"] = sum(entry["events"] for entry in inputs)
     figures = {**kept, **dropped, "checks": content["checks"]}
-    return content, {**figures, "input_files": len(paths), "data_files": len(written), "written_bytes": size}
+    return content, {**figures, "input_files": len(paths), "data_files": len(files), "written_bytes": size}

@@ -35,13 +35,15 @@ def describe_file(root: Path, path: Path) -> dict:
 
 
 def put_in_place(entries: list[dict], work: Path, root: Location) -> list[dict]:
-    """Moves finished files into the store under names made of their digests, so that none replaces another's bytes."""
+    """Moves finished files into the store under names made of their digests, so that none replaces another's bytes.
+    Those with such a name are there already."""
     moved = []
     for entry in entries:
         folder, name = entry["path"].split("/")
         stem = "part" if folder != "vocab" else Path(name).stem
         path = f"{folder}/{stem}-{entry['sha256'][:16]}.parquet"
-        (root / path).receive(work / entry["path"])
+        if path != entry["path"]:
+            (root / path).receive(work / entry["path"])
         moved.append({**entry, "path": path})
     if root.is_local:
         sync_folder(Path(root))

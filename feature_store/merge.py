@@ -31,7 +31,6 @@ class MergeEngine(DuckEngine):
         settings = {"memory_limit": memory_limit, "threads": threads, "checks": checks}
         super().__init__(work=work, roles=roles, unit=base.time_unit, **settings)
         self._base = base
-        self._work = work
         self._num_buckets = base.manifest["num_buckets"]
 
     def adopt_types(self) -> None:

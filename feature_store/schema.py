@@ -20,7 +20,7 @@ EVENT_ID = "event_id"
 ITEM = "item"
 # What an event column may not be called: leaves of the store itself, names the engine uses, keys that batches add.
 RESERVED_NAMES = frozenset(
-    {USER, "user", TIMESTAMP, EVENT_ID, ITEM, EVENTS, "bucket", "rowid", "gap", "candidate", "slot"}
+    {USER, "user", TIMESTAMP, EVENT_ID, ITEM, EVENTS, "bucket", "rowid", "raw_id", "seq", "gap", "candidate", "slot"}
 )
 UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 

@@ -42,6 +42,12 @@ class Source:
     kinds: dict[str, str]
 
 
+def column_settings(columns: dict[str, str]) -> dict[str, str]:
+    """role -> the config key that names its column, for the remedies of messages."""
+    named = ("user", "item", "timestamp", "event_id")
+    return {role: f"{role}_column" if role in named else "context_columns" for role in columns}
+
+
 def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]:
     """Files in the order of `inputs`; a folder (recursively) or a glob gives its files sorted by path.
 
@@ -67,14 +73,22 @@ def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]
     return paths, format
 
 
-def open_source(
-    path: Location, local: Path, *, format: str, columns: dict[str, str], settings: dict[str, str]
-) -> Source:
-    """Checks that `columns` (role -> column name) are there. local: the file itself, or a copy of it on this disk.
-    settings: role -> config key, for the remedy's sake."""
+def open_source(path: Location, local: Path, *, format: str, columns: dict[str, str]) -> Source:
+    """Checks that `columns` (role -> column name) are there. local: the file itself, or a copy of it on this disk."""
     if local.stat().st_size == 0:
         raise DataError(f"{path}: empty file (0 bytes); remove it from input")
-    return (_open_parquet if format == "parquet" else _open_text)(path, local, format, columns, settings)
+    return (_open_parquet if format == "parquet" else _open_text)(
+        path, local, format, columns, column_settings(columns)
+    )
+
+
+def check_same_kinds(source: Source, kinds: dict[str, str], first: Location | str) -> None:
+    """DataError where a file's columns are not of the kinds of the first file's; times may differ."""
+    for role, kind in source.kinds.items():
+        if role != "timestamp" and kind != kinds[role]:
+            raise DataError(
+                f"{source.path}: {role} is {kind}, but {kinds[role]} in {first}; all files must agree, cast one of them"
+            )
 
 
 def time_sql(value: str, kind: str, unit: str) -> str:

@@ -10,15 +10,14 @@ from everything that precedes it in its user's history (for the test target that
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from enum import Enum
 from typing import NamedTuple
 
 import numpy as np
 
 from elastic_rec.feature_store.batch import Histories
+from elastic_rec.feature_store.times import parse_time_s
 
 
 class SplitKind(Enum):
@@ -65,22 +64,6 @@ def split_bounds(config: SplitConfig, histories: Histories) -> SplitBounds:
     if config.kind is SplitKind.leave_one_out:
         return _leave_one_out(np.diff(histories.offsets))
     return _global_time(histories, parse_time_s(config.valid_time), parse_time_s(config.test_time))
-
-
-def parse_time_s(text: str | int | float) -> int:
-    """ISO date or time (UTC unless it carries a zone), or epoch seconds -> whole seconds, rounded up: an event at
-    t seconds (floored) is before the moment exactly where t < the result."""
-    try:
-        return math.ceil(float(text))
-    except (ValueError, OverflowError):
-        pass
-    try:
-        moment = datetime.fromisoformat(str(text))
-    except ValueError as error:
-        raise ValueError(f"time '{text}': give an ISO date such as 2001-01-31, or seconds since 1970") from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=timezone.utc)  # noqa: UP017
-    return math.ceil(moment.timestamp())
 
 
 def _leave_one_out(n_B: np.ndarray) -> SplitBounds:

@@ -29,7 +29,8 @@ def stage(out: str, *, overwrite: bool) -> LocalStaging | RemoteStaging:
 class LocalStaging:
     """Context manager over `<out>.tmp-<pid>`. Leaving it without commit() removes the folder.
 
-    root: what will be the store. work: scratch space inside it, gone before the rename.
+    root: what will be the store. work: scratch space inside it, gone before the rename. target: where an engine that
+    writes from several machines puts finished data files.
     The staging folder is locked (flock) while its process lives, so that a later ingest can tell litter from work.
     """
 
@@ -37,6 +38,7 @@ class LocalStaging:
         self.out = Path(os.path.abspath(out))
         self.root = self.out.with_name(f"{self.out.name}.tmp-{os.getpid()}")
         self.work = self.root / ".work"
+        self.target = open_location(self.root)
         self._overwrite = overwrite
         self._lock: int | None = None
 
@@ -100,7 +102,8 @@ class RemoteStaging:
     """The same, for a store that is not on the local disk. One ingest to an `out` at a time: nothing locks it."""
 
     def __init__(self, out: Location, overwrite: bool) -> None:
-        self.out, self._overwrite = out, overwrite
+        self.out = self.target = out
+        self._overwrite = overwrite
 
     def __enter__(self) -> RemoteStaging:
         there = self.out.files()

@@ -27,8 +27,8 @@ from torch import nn
 
 from elastic_rec.feature_store.batch import Histories, PrefixBatch
 from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
-from elastic_rec.feature_store.splits import parse_time_s
 from elastic_rec.feature_store.store import StoreFile
+from elastic_rec.feature_store.times import parse_time_s
 from elastic_rec.models.elastic.config import Attention, Time
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs

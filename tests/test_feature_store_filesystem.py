@@ -1,11 +1,7 @@
 """One contract, three places: the local disk, fsspec's memory, and S3 (a mock server that is spoken to over HTTP)."""
 
 import os
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -30,31 +26,6 @@ NAMES = ["timestamp", "item"]
 SETTINGS = {"num_buckets": 3, "row_group_events": 60, "threads": 1}
 
 
-@pytest.fixture(scope="session")
-def s3_server():
-    pytest.importorskip("moto.server", reason="no S3 mock server: pip install 'moto[server]'")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                bucket = urllib.request.Request(f"{url}/bucket", method="PUT")
-                urllib.request.urlopen(bucket, timeout=5).close()
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.2)
-        yield url
-    finally:
-        server.kill()
-        server.wait()
-
-
 @pytest.fixture(params=["local", "memory", "s3"])
 def place(request, tmp_path, monkeypatch):
     """A folder's URL, empty."""
@@ -63,14 +34,7 @@ def place(request, tmp_path, monkeypatch):
     name = f"{request.node.name}-{time.monotonic_ns()}".replace("[", "-").replace("]", "")
     if request.param == "memory":
         return f"memory://{name}"
-    settings = {
-        "AWS_ENDPOINT_URL": request.getfixturevalue("s3_server"),
-        "AWS_ACCESS_KEY_ID": "any",
-        "AWS_SECRET_ACCESS_KEY": "any",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    for key, value in settings.items():
+    for key, value in request.getfixturevalue("s3_server").items():
         monkeypatch.setenv(key, value)
     return f"s3://bucket/{name}"
 

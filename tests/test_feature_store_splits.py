@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from elastic_rec.feature_store.batch import Histories
-from elastic_rec.feature_store.splits import SplitConfig, SplitKind, parse_time_s, split_bounds
+from elastic_rec.feature_store.splits import SplitConfig, SplitKind, split_bounds
+from elastic_rec.feature_store.times import parse_time_s
 
 
 def histories_of(times: list[list[int]]) -> Histories:

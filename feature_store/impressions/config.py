@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from elastic_rec.feature_store.ingest import TimeUnit
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.splits import parse_time_s
+from elastic_rec.feature_store.times import parse_time_s
 
 STAGES = ("train", "valid", "test")
 # Columns of the table itself, and keys that batches add.

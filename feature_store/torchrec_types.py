@@ -1,0 +1,11 @@
+"""TorchRec's types, behind the check that it belongs to this torch. The one door to it in this room: what only moves
+events (an ingest, Spark's executors) imports neither."""
+
+from elastic_rec.configs.stack import check_stack
+
+check_stack()
+
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
+from torchrec.streamable import Pipelineable  # noqa: E402
+
+__all__ = ["KeyedJaggedTensor", "Pipelineable"]
