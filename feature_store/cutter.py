@@ -46,7 +46,7 @@ def write_histories(
     watch: Watch | None = None,
     num_events: int = 0,
 ) -> list[WrittenFile]:
-    """Writes bucket=K/part-000.parquet under root; `batches` as DuckEngine.sorted_batches gives them.
+    """Writes bucket=K/part-000.parquet under root; `batches` are sorted by bucket, user and time.
 
     watch sees the sorted events of each row group and their users' offsets; num_events is for the progress bar."""
     files: list[WrittenFile] = []

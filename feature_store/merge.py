@@ -1,7 +1,7 @@
 """DuckDB's part of an append: new events beside those of a store, in one sort.
 
     new files --load--> raw --drop_known--> raw --fold--> vocabularies that keep every old index
-    raw + old histories of the touched buckets, taken apart --sorted_batches--> as after one ingest of everything
+    raw + old histories of the touched buckets, taken apart --merged_batches--> as after one ingest of everything
 
 Old events go before new ones of equal (timestamp, event_id), in the order they have: the tie-break of an ingest whose
 input lists the older files first.
@@ -96,7 +96,7 @@ class MergeEngine(DuckEngine):
         return figures
 
     def merged_batches(self, files: list[Path]) -> pa.RecordBatchReader:
-        """The new events and those of `files` of the store, as sorted_batches gives them."""
+        """The new events and those of `files` of the store, sorted as for write_sorted."""
         new = self._new_events(self._num_buckets)
         if not files:
             return self._sorted(new)
