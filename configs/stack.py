@@ -24,14 +24,22 @@ MODULES = {"torch": "torch", "torchrec": "torchrec", "fbgemm-gpu-cpu": "fbgemm_g
 
 
 @functools.cache
-def check_stack() -> None:
-    """Raises ImportError, one line with versions and fix, unless the trio matches and FBGEMM's libraries load.
+def check_versions() -> dict[str, str | None]:
+    """Raises ImportError, one line with versions and fix, where a package is missing or its metadata say that it does
+    not belong to the others. Imports none of them: what only moves events needs none. Returns the versions.
 
     A version that cannot be found out (no metadata, a nightly, a local build) raises no alarm.
     """
     quiet_known_noise()
     versions = installed_versions()
     _raise_if(describe_missing(versions) or describe_mismatch(versions))
+    return versions
+
+
+@functools.cache
+def check_stack() -> None:
+    """As check_versions, and raises unless FBGEMM's libraries load."""
+    versions = check_versions()
     importlib.import_module("torch")
     try:
         with _muted_logging():  # FBGEMM logs a failure in many lines before it raises it

@@ -24,7 +24,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from elastic_rec.pipeline.errors import CheckpointError
 from elastic_rec.pipeline.files import write_json
-from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.world import World
 
 MARKER = "complete.json"
 

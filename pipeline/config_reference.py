@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from elastic_rec.pipeline import schema
+from elastic_rec.pipeline import data_schema, schema
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig
 
 TARGET = Path("docs/reference/config.md")
@@ -23,8 +23,8 @@ A key is set on the command line (`optim.epochs=3`), by a group (`model=base`, a
 experiment (`experiment=ml1m`, a file in `configs/experiment/`). A key that is not listed here is refused.
 """
 VERBS = {
-    "ingest": schema.IngestVerbConfig,
-    "describe": schema.DescribeConfig,
+    "ingest": data_schema.IngestVerbConfig,
+    "describe": data_schema.DescribeConfig,
     "train": schema.TrainConfig,
     "evaluate": schema.EvaluateConfig,
     "score": schema.ScoreConfig,

@@ -13,9 +13,9 @@ from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.progress import peak_memory_bytes
 from elastic_rec.feature_store.statistics import describe_impressions, has_impressions, measure
 from elastic_rec.feature_store.store import Store
+from elastic_rec.pipeline.data_schema import DescribeConfig
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.schema import DescribeConfig
 from elastic_rec.pipeline.store_figures import headlines, store_figures
 from elastic_rec.pipeline.store_page import page
 

@@ -6,13 +6,15 @@ torchrun --nproc-per-node 2 pipeline/evaluate.py run=runs/ml100k
 
 from pathlib import Path
 
+import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.evaluation import evaluate
 from elastic_rec.pipeline.files import write_json
-from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.run_folder import load_model
 from elastic_rec.pipeline.schema import EvaluateConfig
+from elastic_rec.pipeline.world import World
 
 
 @verb("evaluate", EvaluateConfig, distributed=True)

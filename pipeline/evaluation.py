@@ -11,12 +11,12 @@ from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.models.elastic.memory import slot_usage
 from elastic_rec.pipeline.baselines import Baseline
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.sharding import local_rows
 from elastic_rec.pipeline.task import NextItemTask, query_windows
+from elastic_rec.pipeline.world import World
 
 
 def evaluate(

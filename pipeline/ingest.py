@@ -19,9 +19,9 @@ from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impr
 from elastic_rec.feature_store.generations import compact, rollback
 from elastic_rec.feature_store.impressions.ingest import ingest_impressions
 from elastic_rec.feature_store.ingest import IngestMode, ingest
+from elastic_rec.pipeline.data_schema import DataConfig, IngestVerbConfig
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.schema import DataConfig, IngestVerbConfig
 
 MODES = {
     IngestMode.create: ingest,

@@ -1,4 +1,4 @@
-"""What every verb shares: typed config, process group, errors, and the JSON on the last line.
+"""What every verb shares: typed config, errors, and the JSON on the last line; distributed ones get a World (world.py).
 
     @verb("train", TrainConfig, distributed=True)
     def main(config: TrainConfig, world: World) -> dict: ...
@@ -13,44 +13,21 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import elastic_rec.configs
 from elastic_rec.feature_store.datasets import DatasetUnavailable
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.pipeline.allocator import keep_freed_memory
 from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
 
 CONFIG_DIR = str(Path(elastic_rec.configs.__file__).parent.resolve())
 USER_ERRORS = (DataError, ConfigError, CheckpointError, NonFiniteLossError)
 EXIT_UNAVAILABLE = 3  # a public data set that no source offers right now
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def say(self, text: str) -> None:
-        """A line for the person watching: stderr, rank 0 only; stdout is kept for the result."""
-        if self.is_main:
-            print(text, file=sys.stderr, flush=True)
 
 
 def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
@@ -69,19 +46,15 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
             composed = True
             try:
                 config = _typed(raw)
-                if not distributed:
-                    figures, is_main = main(config), True
+                if distributed:
+                    # Here and not above: it imports torch, whose 300 MiB and seconds other verbs do without.
+                    from elastic_rec.pipeline.world import run_in_world
+
+                    run_in_world(main, config, report=_report)
                 else:
-                    world = start_world(config.parallel.device)
-                    is_main = world.is_main
-                    figures = main(config, world)
-                    dist.barrier()
+                    _report(main(config))
             except USER_ERRORS as error:
                 _fail(error)
-            if is_main:
-                print(json.dumps(figures, default=str), flush=True)
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(task)
 
@@ -99,6 +72,10 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
     return decorate
 
 
+def _report(figures: dict[str, Any]) -> None:
+    print(json.dumps(figures, default=str), flush=True)
+
+
 def _typed(raw: DictConfig) -> Any:
     """DictConfig -> dataclass; a failed cross-field check in __post_init__ becomes a ConfigError."""
     try:
@@ -114,26 +91,3 @@ def _fail(error: Exception) -> None:
     # Skip destroy_process_group: peers may be inside a collective; torchrun ends them when this rank exits.
     sys.stdout.flush()
     os._exit(EXIT_UNAVAILABLE if isinstance(error, DatasetUnavailable) else 2)
-
-
-def start_world(device: str = "auto") -> World:
-    """Join torchrun's process group, or make a group of one in a plain `python` process.
-
-    device: "auto" (CUDA where there is one), "cpu" or "cuda".
-    Raises ConfigError when CUDA is asked for and absent.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("parallel.device=cuda, but torch sees no CUDA device here; use parallel.device=cpu or auto")
-    keep_freed_memory()
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if use_cuda:
-        torch.cuda.set_device(local_rank)
-    where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    backend = "nccl" if use_cuda else "gloo"
-    timeout = timedelta(minutes=30)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=where)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.world import World
 
 SHOWN = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "ne")  # of a validation, on the screen
 LINE_EVERY_S = 10.0  # between two lines where there is no terminal

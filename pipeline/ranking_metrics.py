@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torchrec.metrics.calibration import compute_calibration
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
-from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.world import World
 
 EPSILON = 1e-12
 

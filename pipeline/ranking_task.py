@@ -23,11 +23,11 @@ from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.models.heads.ranking_config import History
 from elastic_rec.models.heads.retrieval import EventTable
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.ranking_metrics import Scored, by_length, figures_of, gather
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import init_device
 from elastic_rec.pipeline.task import autocast
+from elastic_rec.pipeline.world import World
 
 
 @dataclass

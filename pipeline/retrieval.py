@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.world import World
 
 CHUNK = 16384  # item rows scored at a time
 LOW_32 = (1 << 32) - 1

@@ -18,12 +18,12 @@ from torch import nn
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import CheckpointError, ConfigError
 from elastic_rec.pipeline.files import write_json, write_text
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.optimisers import attach_table_optimisers
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import ParallelConfig, shard
 from elastic_rec.pipeline.task import check_tables
 from elastic_rec.pipeline.tasks import AnyTask, make_task
+from elastic_rec.pipeline.world import World
 
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (

@@ -1,6 +1,7 @@
 """The typed configuration of every verb: YAML files in configs/ pick values, unknown keys and wrong types fail here.
 
-Each part's dataclass stands beside the code it configures; this file puts them together.
+Each part's dataclass stands beside the code it configures; this file puts them together (data_schema.py: those that
+need no torch).
 """
 
 from __future__ import annotations
@@ -9,13 +10,10 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from functools import partial
 
-from elastic_rec.feature_store.datasets import DatasetConfig
-from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
 from elastic_rec.feature_store.increments import LateEvents
-from elastic_rec.feature_store.ingest import IngestConfig
-from elastic_rec.feature_store.splits import SplitConfig
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.heads.ranking_config import RankingConfig
+from elastic_rec.pipeline.data_schema import DataConfig
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
@@ -35,58 +33,6 @@ class StateDtype(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-@dataclass
-class DataConfig:
-    store: str = field(default="", metadata={"help": "folder of the history store that ingest writes and others read"})
-    generation: int | None = field(
-        default=None,
-        metadata={"help": "generation of the store to read; none: the newest, to which a run keeps"},
-    )
-    columns: list[str] = field(
-        default_factory=list, metadata={"help": "event columns to embed beside the item, e.g. [action]"}
-    )
-    max_history: int = field(default=200, metadata={"help": "newest events of a prefix that reach the model"})
-    cuts: int = field(
-        default=0,
-        metadata={
-            "help": "0: a target behind every event (model.attention=causal or full); else prefixes drawn per user and "
-            "step, each with its target, all that model.attention=bidirectional can be trained on"
-        },
-    )
-    window: int = field(
-        default=0,
-        metadata={
-            "help": "read a history in windows of so many events that carry the user's state, an optimiser step per "
-            "window: memory is bounded by it, whatever max_history is; cuts=0 and causal only. 0: in one pass"
-        },
-    )
-    split: SplitConfig = field(default_factory=SplitConfig, metadata={"help": "how targets are held out"})
-    dataset: DatasetConfig = field(default_factory=DatasetConfig, metadata={"help": "where raw events come from"})
-    ingest: IngestConfig = field(
-        default_factory=lambda: IngestConfig(out="${data.store}"),
-        metadata={"help": "how raw events become a history store"},
-    )
-    impressions: ImpressionConfig = field(
-        default_factory=ImpressionConfig, metadata={"help": "labelled impressions beside the histories, for ranking"}
-    )
-    impression_split: ImpressionSplit = field(
-        default_factory=ImpressionSplit, metadata={"help": "how impressions are split by time"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.max_history < 1 or self.cuts < 0:
-            raise ValueError(
-                f"data.max_history={self.max_history}, data.cuts={self.cuts}: set at least 1 and at least 0"
-            )
-        if self.window < 0:
-            raise ValueError(f"data.window={self.window}: set events per window, or 0 to read histories in one pass")
-        if self.window and self.cuts:
-            raise ValueError(
-                f"data.window={self.window} with data.cuts={self.cuts}: a window has a target behind every event, "
-                "set data.cuts=0, or data.window=0"
-            )
 
 
 @dataclass
@@ -119,11 +65,6 @@ class RunConfig:
             raise ValueError(
                 f"run.keep_last={self.keep_last}: keep at least 1, a run without a checkpoint cannot resume"
             )
-
-
-@dataclass
-class IngestVerbConfig:
-    data: DataConfig = field(default_factory=DataConfig)
 
 
 @dataclass
@@ -246,22 +187,6 @@ class ScoreConfig:
                 f"max_history={self.max_history} with mode=incremental: a state holds all events; leave max_history "
                 "out, or set mode=full"
             )
-
-
-@dataclass
-class DescribeConfig:
-    store: str = field(default="", metadata={"help": "history store to describe"})
-    generation: int | None = field(default=None, metadata={"help": "generation to describe; none: the current one"})
-    out: str = field(default="", metadata={"help": "HTML file to write; empty: STORE.html, beside a local store"})
-    max_history: list[int] = field(
-        default_factory=lambda: [50, 200, 1000],
-        metadata={"help": "limits on the history for which to say what they would cut"},
-    )
-
-    def __post_init__(self) -> None:
-        if not self.max_history or min(self.max_history) < 1:
-            raise ValueError(f"max_history={self.max_history}: give limits of at least 1 event")
-        self.max_history = sorted(set(self.max_history))
 
 
 @dataclass

@@ -6,14 +6,16 @@ python pipeline/score.py run=runs/mine out=scores/mine mode=incremental
 python pipeline/score.py task=ranking run=runs/ml1m-ranking candidates=lists.parquet out=scores/lists
 """
 
+import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.incremental import score_increment
-from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_scoring import score_candidates
 from elastic_rec.pipeline.run_folder import load_model, read_config
 from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, Task, TrainConfig
 from elastic_rec.pipeline.scoring import score_store, scoring_config
 from elastic_rec.pipeline.task import ALL
+from elastic_rec.pipeline.world import World
 
 MODES = {ScoreMode.full: score_store, ScoreMode.incremental: score_increment}
 

@@ -33,10 +33,10 @@ from elastic_rec.models.elastic.config import Attention, Time
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs
 from elastic_rec.pipeline.files import write_json
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, TrainConfig
 from elastic_rec.pipeline.task import ALL, NextItemTask, query_windows
+from elastic_rec.pipeline.world import World
 
 Item = TypeVar("Item")
 

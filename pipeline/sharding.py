@@ -22,7 +22,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import World
+from elastic_rec.pipeline.world import World
 
 GIB = 1 << 30
 

@@ -21,10 +21,10 @@ from elastic_rec.feature_store.windows import HistoryWindows
 from elastic_rec.models.elastic.config import Time
 from elastic_rec.models.heads.retrieval import EventTable, RetrievalModel
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.losses import FullCandidates, SampledCandidates
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import init_device
+from elastic_rec.pipeline.world import World
 
 if TYPE_CHECKING:
     from elastic_rec.pipeline.ranking_task import RankingTask

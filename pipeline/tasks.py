@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.schema import Task, TrainConfig
 from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.world import World
 
 AnyTask = NextItemTask | RankingTask
 TASKS = {Task.next_item: NextItemTask, Task.ranking: RankingTask}

@@ -5,10 +5,11 @@ python pipeline/train.py data=ml100k run.dir=runs/ml100k run.resume=true
 python pipeline/train.py experiment=ml1m_ranking run.dir=runs/ml1m-ranking
 """
 
+import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.evaluation import validate
-from elastic_rec.pipeline.launch import World, verb
+from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
 from elastic_rec.pipeline.run_folder import keep_generation, open_run
@@ -16,6 +17,7 @@ from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import plan_table, shard
 from elastic_rec.pipeline.tasks import make_task
 from elastic_rec.pipeline.trainer import Trainer, planned_steps
+from elastic_rec.pipeline.world import World
 
 
 @verb("train", TrainConfig, distributed=True)

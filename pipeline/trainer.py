@@ -18,11 +18,11 @@ from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import NonFiniteLossError
-from elastic_rec.pipeline.launch import World
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import set_step
 from elastic_rec.pipeline.ranking_task import RankingBatch
 from elastic_rec.pipeline.schema import TrainConfig
+from elastic_rec.pipeline.world import World
 
 
 @dataclass

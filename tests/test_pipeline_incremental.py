@@ -17,9 +17,9 @@ import pytest
 from elastic_rec.feature_store.append import append
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import World, start_world
 from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.score import score
+from elastic_rec.pipeline.world import World, start_world
 
 DAYS, BUCKETS, DAY_S = 31, 4, 86_400
 CAUSAL = [*helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.cuts=0", "data.columns=[action]"]
@@ -153,7 +153,7 @@ def test_two_ranks_and_a_first_encoding_in_windows(thirty_days, world):
 FORKER = """
 import json, os, signal, sys
 from pathlib import Path
-from elastic_rec.pipeline.launch import start_world
+from elastic_rec.pipeline.world import start_world
 from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.score import score
 

@@ -15,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline.config_reference import reference
 from elastic_rec.pipeline.errors import NonFiniteLossError
-from elastic_rec.pipeline.launch import CONFIG_DIR, World
+from elastic_rec.pipeline.launch import CONFIG_DIR
 from elastic_rec.pipeline.losses import FullCandidates, LossConfig, SampledCandidates
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import OptimConfig, lr_factor
 from elastic_rec.pipeline.schema import EvaluateConfig, RunConfig
 from elastic_rec.pipeline.trainer import LossWatch
+from elastic_rec.pipeline.world import World
 
 
 def test_config_reference_is_up_to_date():

@@ -10,8 +10,8 @@ import torch.multiprocessing as mp
 
 from elastic_rec.pipeline import retrieval
 from elastic_rec.pipeline.baselines import LastItem, Popularity
-from elastic_rec.pipeline.launch import World, start_world
 from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
+from elastic_rec.pipeline.world import World, start_world
 
 NUM_ITEMS, FIRST, WIDTH = 53, 2, 8
 

@@ -16,9 +16,9 @@ from test_ranking_task import RANKING
 
 from elastic_rec.feature_store.impressions.table import ImpressionTable
 from elastic_rec.feature_store.store import Store
-from elastic_rec.pipeline.launch import start_world
 from elastic_rec.pipeline.run_folder import load_model
 from elastic_rec.pipeline.sharding import ParallelConfig
+from elastic_rec.pipeline.world import start_world
 
 
 @pytest.fixture(scope="module")
