@@ -1,4 +1,4 @@
-"""The two batch types: numpy histories as the reader yields them, and the jagged batch a model takes.
+"""The jagged batch a model takes, cut out of the histories that the reader yields (histories.py).
 
 Legend: B users in this rank's share of a global batch, T = their events laid end to end,
 R prefixes (rows of the model's output; several per user in training, one in evaluation).
@@ -19,35 +19,19 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.torchrec_types import KeyedJaggedTensor, Pipelineable
 
 
-@dataclass(frozen=True)
-class Histories:
-    """One rank's share of one global batch, whole histories, straight from Arrow buffers.
-
-    rows: (B,) int64, the user's row number in the store, -1 for a padding user without events.
-    offsets: (B+1,) int64.
-    columns: name -> (T,) int64 vocabulary indices ("item" always among them).
-    times_s: (T,) int64, seconds.
-    num_global_users: users in the global batch, over all ranks, padding not counted.
-    """
-
-    rows: np.ndarray
-    offsets: np.ndarray
-    columns: dict[str, np.ndarray]
-    times_s: np.ndarray
-    num_global_users: int
-
-    def features(self) -> KeyedJaggedTensor:
-        """The event columns, one key each, stride B; without a copy where there is one column."""
-        columns = list(self.columns.values())
-        values = np.require(columns[0], requirements="W") if len(columns) == 1 else np.concatenate(columns)
-        return KeyedJaggedTensor(
-            keys=list(self.columns),
-            values=torch.from_numpy(values),
-            lengths=torch.from_numpy(np.tile(np.diff(self.offsets), len(columns))),
-        )
+def features_of(histories: Histories) -> KeyedJaggedTensor:
+    """The event columns, one key each, stride B; without a copy where there is one column."""
+    columns = list(histories.columns.values())
+    values = np.require(columns[0], requirements="W") if len(columns) == 1 else np.concatenate(columns)
+    return KeyedJaggedTensor(
+        keys=list(histories.columns),
+        values=torch.from_numpy(values),
+        lengths=torch.from_numpy(np.tile(np.diff(histories.offsets), len(columns))),
+    )
 
 
 @dataclass

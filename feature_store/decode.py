@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torchrec  # noqa: F401 - registers torch.ops.fbgemm
 
-from elastic_rec.feature_store.batch import Histories
+import elastic_rec.feature_store.torchrec_types  # noqa: F401 - registers torch.ops.fbgemm
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.schema import EVENTS, NUM_EVENTS, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
 from elastic_rec.feature_store.store import Store, open_data_file, read_row_groups

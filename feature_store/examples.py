@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.hashing import counter_uniform
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import span_indices
 from elastic_rec.feature_store.splits import SplitConfig, split_bounds
 from elastic_rec.feature_store.torchrec_types import KeyedJaggedTensor

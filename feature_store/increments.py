@@ -19,8 +19,8 @@ from enum import Enum
 import numpy as np
 import pyarrow as pa
 
-from elastic_rec.feature_store.batch import Histories
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.late import added_events
 from elastic_rec.feature_store.schema import EVENT_ID, EVENTS, ITEM, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elastic_rec.feature_store.batch import Histories
 from elastic_rec.feature_store.decode import Decoder, concat_users, padding_user
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.schema import ITEM
 from elastic_rec.feature_store.store import Store, bucket_of_path, first_users
 

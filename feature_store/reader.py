@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic_rec.feature_store.ahead import ahead
-from elastic_rec.feature_store.batch import Histories
 from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.feature_store.decode import Decoder, Users, concat_users, no_users, padding_user
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of
 from elastic_rec.feature_store.order import ROW_GROUPS_PER_BLOCK, Block, drawn_order, epoch_blocks
 from elastic_rec.feature_store.schema import ITEM

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elastic_rec.feature_store.batch import Histories
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.times import parse_time_s
 
 

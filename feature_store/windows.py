@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.examples import (
     CandidateSampler,
     assemble,
@@ -21,6 +21,7 @@ from elastic_rec.feature_store.examples import (
     targets_at,
     targets_behind,
 )
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.splits import SplitConfig
 

@@ -23,7 +23,7 @@ from elastic_rec.pipeline.store_page import page
 @verb("describe", DescribeConfig)
 def main(config: DescribeConfig) -> dict:
     began = time.perf_counter()
-    target = _target(config)
+    target = target_of(config)
     store = Store.open(config.store, generation=config.generation)
     statistics = measure(store)
     figures = store_figures(store, statistics, config.max_history)
@@ -35,7 +35,7 @@ def main(config: DescribeConfig) -> dict:
     return {"store": config.store, "report": str(target), **figures, "peak_memory_bytes": peak_memory_bytes()}
 
 
-def _target(config: DescribeConfig) -> Location:
+def target_of(config: DescribeConfig) -> Location:
     if not config.store:
         raise ConfigError("store is empty: say which history store to describe")
     place = open_location(config.store)

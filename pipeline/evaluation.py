@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic_rec.feature_store.batch import Histories
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.models.elastic.memory import slot_usage

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.batch import PrefixBatch
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
 from elastic_rec.feature_store.store import StoreFile
 from elastic_rec.feature_store.times import parse_time_s

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, make_prefix_batch
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.examples import NUM_GAP_BUCKETS, gap_buckets, make_prefix_batch
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import SplitConfig, split_bounds
 
 LOO = SplitConfig()

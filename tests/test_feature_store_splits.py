@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from elastic_rec.feature_store.batch import Histories
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import SplitConfig, SplitKind, split_bounds
 from elastic_rec.feature_store.times import parse_time_s
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_feature_store_examples import BY_TIME, LOO, make, random_histories
 
-from elastic_rec.feature_store.batch import Histories, PrefixBatch
+from elastic_rec.feature_store.batch import PrefixBatch
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.windows import HistoryWindows
 
 

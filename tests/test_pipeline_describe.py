@@ -20,6 +20,9 @@ from elastic_rec.feature_store.checks import ChecksConfig
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
 from elastic_rec.feature_store.statistics import measure
 from elastic_rec.feature_store.store import Store
+from elastic_rec.pipeline.data_schema import DescribeConfig
+from elastic_rec.pipeline.describe import target_of
+from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.store_figures import duration, store_figures
 from elastic_rec.pipeline.store_page import page
 
@@ -143,16 +146,17 @@ def test_odd_stores_have_pages_too(tmp_path):
 def test_refusals_leave_what_was_there(store, tmp_path):
     report = Path(f"{store}.html")
     report.write_text("an older page")
-    for words, match in (
-        ([], "store is empty"),
-        ([f"store={tmp_path / 'nowhere'}"], "no such folder"),
-        ([f"store={store}", "generation=7"], "no generation 7; there are 0, 1"),
-        ([f"store={store}", f"out={tmp_path}"], "is a folder: name the file to write"),
-        ([f"store={store}", "max_history=[0]"], "give limits of at least 1 event"),
-        (["store=memory://mine"], "not on the local disk: say with out=FILE.html"),
+    for settings, match in (
+        ({}, "store is empty"),
+        ({"store": str(store), "out": str(tmp_path)}, "is a folder: name the file to write"),
+        ({"store": "memory://mine"}, "not on the local disk: say with out=FILE.html"),
     ):
-        code, stderr = fail("describe", *words)
-        assert code == 2 and match in stderr
+        with pytest.raises(ConfigError, match=match):
+            target_of(DescribeConfig(**settings))
+    with pytest.raises(ValueError, match="give limits of at least 1 event"):
+        DescribeConfig(max_history=[0])
+    code, stderr = fail("describe", f"store={store}", "generation=7")
+    assert code == 2 and "no generation 7; there are 0, 1" in stderr
     data = next((store / "bucket=0001").glob("*.parquet"))
     data.write_bytes(data.read_bytes()[:-1])
     code, stderr = fail("describe", f"store={store}")

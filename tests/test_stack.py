@@ -72,8 +72,15 @@ def test_mismatch_stops_the_import_with_one_line(tmp_path, room):
     )
 
 
+def test_an_ingest_imports_none_of_them(tmp_path):
+    code = "import elastic_rec.pipeline.ingest, sys; print({'torch', 'torchrec', 'fbgemm_gpu'} & set(sys.modules))"
+    done = run_python(code, path=tmp_path)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the message under test is the one for a CPU build of torch")
-def test_cuda_fbgemm_beside_cpu_torch_is_named_in_one_line(tmp_path):
+@pytest.mark.parametrize("first", ["models", "feature_store.decode", "pipeline.train", "pipeline.score"])
+def test_cuda_fbgemm_beside_cpu_torch_is_named_in_one_line(tmp_path, first):
     """The stand-in fails as the CUDA wheel does: the dynamic loader cannot open a library; it logs, then raises."""
     (tmp_path / "fbgemm_gpu").mkdir()
     (tmp_path / "fbgemm_gpu" / "__init__.py").write_text(
@@ -86,7 +93,7 @@ def test_cuda_fbgemm_beside_cpu_torch_is_named_in_one_line(tmp_path):
     )
     for name, version in (("torch", "2.13.0+cpu"), ("torchrec", "1.8.0"), ("fbgemm-gpu-cpu", "1.8.0")):
         fake_metadata(tmp_path, name, version)
-    done = run_python("import elastic_rec.models", path=tmp_path)
+    done = run_python(f"import elastic_rec.{first}", path=tmp_path)
     minor = int(torch.__version__.split(".")[1]) - 5
     assert done.returncode == 1
     assert "noise over several lines" not in done.stderr

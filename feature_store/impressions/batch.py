@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from elastic_rec.feature_store.batch import Histories
 from elastic_rec.feature_store.examples import gap_buckets
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.torchrec_types import KeyedJaggedTensor, Pipelineable
 

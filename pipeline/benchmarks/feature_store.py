@@ -23,6 +23,7 @@ import duckdb
 import pyarrow.parquet as pq
 import torch
 
+from elastic_rec.feature_store.batch import features_of
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.schema import ITEM, TIMESTAMP, leaf_path
@@ -135,7 +136,7 @@ def read(store: Store, batch_size: int, workers: int) -> int:
     reader = HistoryReader(store, columns=[ITEM], global_batch_size=batch_size, shuffle=True, workers=workers)
     num_events = 0
     for histories in reader.epoch(0):
-        num_events += histories.features().values().numel()
+        num_events += features_of(histories).values().numel()
     return num_events
 
 
