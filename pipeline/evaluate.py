@@ -8,6 +8,7 @@ from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.pipeline.baselines import fit_baselines
+from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import evaluate
 from elastic_rec.pipeline.files import write_json
 from elastic_rec.pipeline.launch import verb
@@ -22,7 +23,9 @@ def main(config: EvaluateConfig, world: World) -> dict:
     task, model, step = load_model(config.run, checkpoint=config.checkpoint, world=world, parallel=config.parallel)
     settings = {"stage": config.stage, "length_edges": config.length_edges, "batch_size": config.batch_size}
     if isinstance(task, RankingTask):
-        figures = task.evaluate(model, **settings)
+        figures = task.evaluate(model, **settings, max_history=config.max_history)
+    elif config.max_history:
+        raise ConfigError(f"max_history={config.max_history}: only for runs with task=ranking; leave it out")
     else:
         baselines = fit_baselines(task, batch_size=config.batch_size)
         figures = evaluate(
@@ -30,8 +33,9 @@ def main(config: EvaluateConfig, world: World) -> dict:
         )
     figures = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size, **figures}
     if world.is_main:
-        target = Path(config.run) / ("metrics.json" if config.stage == "test" else f"metrics_{config.stage}.json")
-        write_json(target, figures)
+        parts = ["metrics", config.stage * (config.stage != "test"), str(config.max_history or "")]
+        name = "_".join(part for part in parts if part)
+        write_json(Path(config.run) / f"{name}.json", figures)
     return figures
 
 

@@ -111,20 +111,21 @@ class RankingTask:
             batch.normaliser = total.clamp_min(1) / self.world.size
             yield batch
 
-    def held_out(self, stage: str, *, batch_size: int) -> Iterator[RankingBatch]:
-        """All impressions of a stage once; batch_size: visits over all ranks."""
-        for impressions in self._reader(stage, batch_size, shuffle=False).epoch(0):
+    def held_out(self, stage: str, *, batch_size: int, max_history: int = 0) -> Iterator[RankingBatch]:
+        """All impressions of a stage once; batch_size: visits over all ranks. max_history: events an impression sees,
+        exactly: it is then a visit of its own, for a tower shows an impression all events of its visit before it."""
+        for impressions in self._reader(stage, batch_size, shuffle=False, alone=max_history).epoch(0):
             yield RankingBatch.of(self.known(impressions))
 
-    def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool) -> ImpressionReader:
+    def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool, alone: int = 0) -> ImpressionReader:
         return ImpressionReader(
             self.store,
             columns=self.columns,
             split=self.config.data.impression_split,
             stage=stage,
             global_batch_size=global_batch_size,
-            per_visit=self.config.ranking.per_visit,
-            max_history=self.config.data.max_history,
+            per_visit=1 if alone else self.config.ranking.per_visit,
+            max_history=alone or self.config.data.max_history,
             rank=self.world.rank,
             world_size=self.world.size,
             shuffle=shuffle,
@@ -162,13 +163,15 @@ class RankingTask:
             item_context=bags(impressions.item_context),
         )
 
-    def evaluate(self, model: nn.Module, *, stage: str, length_edges: list[int], batch_size: int) -> dict:
+    def evaluate(
+        self, model: nn.Module, *, stage: str, length_edges: list[int], batch_size: int, max_history: int = 0
+    ) -> dict:
         """Figures of the first label, by length of the history seen, and of each further label under "labels".
-        Collective."""
+        max_history: as held_out. Collective."""
         model.eval()
         rows = []
         with torch.no_grad():
-            for batch in self.held_out(stage, batch_size=batch_size):
+            for batch in self.held_out(stage, batch_size=batch_size, max_history=max_history):
                 logits_CL = model.score(batch.to(self.world.device)).cpu().double()
                 rows.append(_rows(batch, logits_CL))
         table = gather(np.concatenate(rows), self.world)

@@ -104,6 +104,13 @@ class EvaluateConfig:
         metadata={"help": "edges of the history-length buckets metrics are also reported by"},
     )
     batch_size: int = field(default=256, metadata={"help": "users per batch, over all ranks"})
+    max_history: int = field(
+        default=0,
+        metadata={
+            "help": "task=ranking: newest events an impression sees, each encoded by itself; 0: as trained, with "
+            "histories shared"
+        },
+    )
     min_item_count: int = field(
         default=0,
         metadata={"help": "also report a catalogue of only the items that occur at least so often; 0: do not"},
@@ -113,6 +120,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.stage not in ("test", "valid"):
             raise ValueError(f"stage={self.stage!r}: set test or valid")
+        if self.max_history < 0:
+            raise ValueError(f"max_history={self.max_history}: set at least 1, or 0 for as many as in training")
         if 10 not in self.k:
             raise ValueError(f"k={self.k}: must contain 10, the length models are compared by")
 

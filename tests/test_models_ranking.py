@@ -18,7 +18,7 @@ from elastic_rec.feature_store.store import Store
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.models.heads import target_attention
 from elastic_rec.models.heads.histories import MeanHistory
-from elastic_rec.models.heads.ranking import RankingModel, pair_loss
+from elastic_rec.models.heads.ranking import RankingModel, RatedEvents, pair_loss
 from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.models.heads.retrieval import EventTable
 from elastic_rec.models.heads.target_attention import ActivationUnit, EventReader
@@ -188,6 +188,20 @@ def test_a_reader_of_a_thousand_events_keeps_no_pairs():
             peak = max(peak, held)
     block = target_attention.BLOCK_PAIRS * 32 * 4
     assert block < peak < 6 * block + 9 * T * C, f"{peak:,} bytes"
+
+
+def test_an_event_is_its_item_and_how_it_went():
+    events = RatedEvents(["item", "rating", "gap"], D, 0.0)
+    g = torch.Generator().manual_seed(0)
+    item, rating, gap = (torch.randn(5, D, generator=g) for _ in range(3))
+    embedded = {
+        name: SimpleNamespace(values=lambda x=x: x) for name, x in zip(events.names, (item, rating, gap), strict=True)
+    }
+    rest = rating + gap
+    wanted = F.layer_norm(item + rest + D**0.5 * item * rest, (D,))
+    torch.testing.assert_close(events(embedded), wanted)
+    alone = RatedEvents(["item"], D, 0.0)
+    torch.testing.assert_close(alone(embedded), F.layer_norm(item, (D,)))
 
 
 @pytest.mark.parametrize("sharing", ["shared_bottom", "mmoe"])

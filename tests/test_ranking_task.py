@@ -42,6 +42,9 @@ def test_one_rank_and_two_ranks_have_the_same_losses_and_metrics(store, two_rank
     assert figures[0]["label"] == "click" and figures[0]["auc"] > 0.6, "it learns"
     assert figures[0]["labels"]["kept"]["candidates"] < figures[0]["candidates"], "missing labels are not counted"
     assert sum(part["candidates"] for part in figures[0]["by_length"].values()) == figures[0]["candidates"]
+    short = helpers.run("evaluate", f"run={two}", "length_edges=[4]", "max_history=3")
+    assert short["candidates"] == figures[0]["candidates"] and list(short["by_length"]) == ["0-3"]
+    assert short["auc"] < figures[0]["auc"], "it reads further back than 3 events"
     for table in ("embeddings.item", "context.device", "item_context.tags"):
         assert table in output["stderr"]
 

@@ -26,12 +26,26 @@ from torchrec.modules.crossnet import LowRankCrossNet
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.mlp import MLP
+from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.models.heads.histories import QueryGap, build_history
 from elastic_rec.models.heads.ranking_config import RankingConfig, Sharing
 from elastic_rec.models.heads.retrieval import EventEncoder, EventTable
+
+
+class RatedEvents(EventEncoder):
+    """What happened in an event, and how it went: item + rest + sqrt(D) · item * rest, normalised -> (T, D), where rest
+    is the sum of the other columns (rating, action, gap). With the sum alone a liked and a disliked item differ by the
+    same vector whatever the item, and no mean over events can tell one taste from its opposite (ours)."""
+
+    def forward(self, embedded: dict[str, JaggedTensor]) -> torch.Tensor:
+        item_TD = embedded[self.names[0]].values()
+        if len(self.names) == 1:
+            return self.dropout(self.norm(item_TD))
+        rest_TD = sum(embedded[name].values() for name in self.names[1:])
+        return self.dropout(self.norm(item_TD + rest_TD + item_TD.shape[1] ** 0.5 * item_TD * rest_TD))
 
 
 class Candidates(nn.Module):
@@ -177,7 +191,7 @@ class RankingModel(nn.Module):
         )
         self.context = _bags(context, width, init_fn, device)
         self.item_context = _bags(item_context, width, init_fn, device)
-        self.events = EventEncoder(names, width, tower.dropout)
+        self.events = RatedEvents(names, width, tower.dropout)
         self.candidates = Candidates(width)
         self.history, vectors = build_history(ranking, tower, memory, max_history=max_history, device=device)
         self.gap, self.together = QueryGap(width), Together()
