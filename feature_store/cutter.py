@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.ahead import ahead
 from elastic_rec.feature_store.progress import progress
 from elastic_rec.feature_store.schema import EVENTS, TIMESTAMP, USER, leaf_path
 
@@ -49,29 +50,45 @@ def write_histories(
     """Writes bucket=K/part-000.parquet under root; `batches` are sorted by bucket, user and time.
 
     watch sees the sorted events of each row group and their users' offsets; num_events is for the progress bar."""
-    files: list[WrittenFile] = []
-    writer, bucket_open = None, -1
+    writer = _Files(root, schema)
     groups = cut_histories(batches, schema=schema, row_group_events=row_group_events, watch=watch)
     bar = progress("write", total=num_events, unit=" events")
     try:
-        for bucket, histories, (low, high) in groups:
-            if bucket != bucket_open:
-                if writer is not None:
-                    writer.close()
-                path = root / f"bucket={bucket:04d}" / "part-000.parquet"
-                path.parent.mkdir()
-                writer, bucket_open = _open_writer(path, schema), bucket
-                files.append(WrittenFile(path, low, high))
-            writer.write_table(histories, row_group_size=len(histories))
-            file = files[-1]
-            file.min_time, file.max_time = min(file.min_time, low), max(file.max_time, high)
-            file.row_groups.append((len(histories), len(histories[EVENTS].chunk(0).values)))
-            bar.update(file.row_groups[-1][1])
+        # Encoding and compression let go of Python's lock: meanwhile the next row group is fetched and cut.
+        for written in ahead(writer.write, groups, workers=1):
+            bar.update(written)
     finally:
         bar.close()
-        if writer is not None:
-            writer.close()
-    return files
+        writer.close()
+    return writer.written
+
+
+class _Files:
+    """Data files of the buckets, one after the other."""
+
+    def __init__(self, root: Path, schema: pa.Schema) -> None:
+        self.written: list[WrittenFile] = []
+        self._root, self._schema = root, schema
+        self._bucket, self._writer = -1, None
+
+    def write(self, group: tuple[int, pa.Table, tuple[int, int]]) -> int:
+        """One row group, as cut_histories yields it; returns its events."""
+        bucket, histories, (low, high) = group
+        if bucket != self._bucket:
+            self.close()
+            path = self._root / f"bucket={bucket:04d}" / "part-000.parquet"
+            path.parent.mkdir()
+            self._bucket, self._writer = bucket, _open_writer(path, self._schema)
+            self.written.append(WrittenFile(path, low, high))
+        self._writer.write_table(histories, row_group_size=len(histories))
+        file, num_events = self.written[-1], len(histories[EVENTS].chunk(0).values)
+        file.min_time, file.max_time = min(file.min_time, low), max(file.max_time, high)
+        file.row_groups.append((len(histories), num_events))
+        return num_events
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def cut_histories(

@@ -198,11 +198,10 @@ class DuckEngine:
         Returns counts of events, users and items before and after.
         """
         self._types = {role: self._final_type(role) for role in self._roles if role != "timestamp"}
-        counts = {
-            "read_events": self._one("SELECT count(*) FROM raw"),
-            "read_users": self._one('SELECT count(DISTINCT "user") FROM raw'),
-            "read_items": self._one("SELECT count(DISTINCT item) FROM raw"),
-        }
+        keeps_all = max(min_user_events, min_item_events, min_vocabulary_count) == 1 and not max_history
+        keeps_all &= times == (None, None)
+        sizes = 'SELECT count(*), count(DISTINCT "user"), count(DISTINCT item) FROM raw'
+        read = None if keeps_all else self._run(sizes)
         self.keep_times(*times)
         for role, least in (("item", min_item_events), ("user", min_user_events)):
             if least > 1:
@@ -220,11 +219,12 @@ class DuckEngine:
                 f'(SELECT "{role}" AS raw_id, {value} AS id, count(*) AS n FROM raw '
                 f'WHERE "{role}" IS NOT NULL GROUP BY raw_id HAVING count(*) >= {least})'
             )
-        return counts | {
-            "events": self._one("SELECT count(*) FROM raw"),
-            "users": self._one('SELECT count(*) FROM "vocab_user"'),
-            "items": self._one("SELECT count(*) FROM vocab_item"),
-        }
+        (kept,) = self._run(
+            'SELECT (SELECT count(*) FROM raw), (SELECT count(*) FROM "vocab_user"), (SELECT count(*) FROM vocab_item)'
+        )
+        (read,) = read or (kept,)
+        names = ("events", "users", "items")
+        return dict(zip(names, kept, strict=True)) | {f"read_{n}": count for n, count in zip(names, read, strict=True)}
 
     def keep_times(self, first: int | None, end: int | None) -> int:
         """Drops events outside [first, end), in the store's unit; returns how many went."""
@@ -282,12 +282,13 @@ class DuckEngine:
         if "event_id" in self._roles:
             leaves.append(f"{self._value('event_id')} AS event_id")
         leaves.append(f"coalesce(i.idx, {UNKNOWN}) AS item")
-        joins = 'JOIN "vocab_user" u ON u.raw_id = raw."user" LEFT JOIN "vocab_item" i ON i.raw_id = raw.item'
+        joins = 'LEFT JOIN "vocab_item" i ON i.raw_id = raw.item'
         for number, role in enumerate(self._indexed[2:]):
             leaves.append(f'coalesce(c{number}.idx, {UNKNOWN}) AS "{role}"')
             joins += f' LEFT JOIN "vocab_{role}" c{number} ON c{number}.raw_id = raw."{role}"'
+        user = self._value("user")
         return (
-            f"SELECT {self._bucket('u.id', num_buckets)} AS bucket, u.id AS user_id, {', '.join(leaves)}, "
+            f"SELECT {self._bucket(user, num_buckets)} AS bucket, {user} AS user_id, {', '.join(leaves)}, "
             f"raw.rowid AS {SEQ} FROM raw {joins}"
         )
 
