@@ -29,6 +29,13 @@ from elastic_rec.feature_store.store import Store
 
 CONTEXT = ["action", "rating"]
 DROP = {name: "drop" for name in ("null_ids", "bad_times", "future_times", "out_of_order", "gaps")}
+# A short life: less compiling, fewer tasks.
+QUICK = {
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark.sql.shuffle.partitions": "3",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +44,9 @@ def spark():
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         pytest.skip("no Java: Spark needs 17 or newer")
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = sql.SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false")
-    builder = builder.config("spark.ui.showConsoleProgress", "false").config("spark.sql.shuffle.partitions", "3")
+    builder = sql.SparkSession.builder.master("local[2]")
+    for key, value in QUICK.items():
+        builder = builder.config(key, value)
     session = builder.getOrCreate()
     yield session
     session.stop()
@@ -217,7 +225,7 @@ def test_spark_submit_from_s3_to_s3(spark, s3_server, tmp_path, monkeypatch):
         open_location(f"s3://bucket/log/{number}.parquet").replace(Path(file).read_bytes())
     settings = ["data=files", "data.ingest.input=[s3://bucket/log]", "data.ingest.num_buckets=3"]
     submit = [str(Path(sys.executable).parent / "spark-submit"), "--master", "local[2]"]
-    submit += ["--conf", "spark.sql.shuffle.partitions=3", "--conf", "spark.ui.enabled=false"]
+    submit += [part for key, value in QUICK.items() for part in ("--conf", f"{key}={value}")]
     verb = [*command("ingest")[1:], *settings, "data.ingest.engine=spark", "data.store=s3://bucket/of-spark"]
     done = subprocess.run([*submit, *verb], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-8000:]
