@@ -143,7 +143,7 @@ class IngestConfig:
     )
     memory_limit: str = field(
         default="1GB",
-        metadata={"help": "Memory of DuckDB; beyond it the sort spills beside `out` (spark: of each task that reads)."},
+        metadata={"help": "Memory of DuckDB; beyond it the sort spills beside `out` (spark: of each reading task)."},
     )
     threads: int = field(default=0, metadata={"help": "Threads of DuckDB; 0: one per core (spark: one per task)."})
     force: bool = field(
