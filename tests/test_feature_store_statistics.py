@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from feature_store_reference import make_store, random_events, reference_histories
+from feature_store_reference import make_store, random_events, reference_histories, write_events
 from ranking_data import make_ranking_store
 
+from elastic_rec.feature_store.decode import Decoder, Users
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.ingest import IngestConfig, ingest
 from elastic_rec.feature_store.statistics import (
     Tally,
     bin_starts,
@@ -90,6 +93,32 @@ def test_measure_against_plain_python(tmp_path):
         ids = store.vocabulary(column).decode(ranked).to_pylist()
         assert dict(zip(ids, found.counts[column][ranked].tolist(), strict=True)) == expected
         assert (np.diff(found.counts[column][ranked]) <= 0).all() and found.counts[column].sum() == len(events)
+
+
+def test_no_more_than_a_few_row_groups_are_in_memory(tmp_path, monkeypatch):
+    store = make_store(tmp_path, stretched(), row_group_events=50)
+    decode, alive, most = Decoder.decode, weakref.WeakSet(), 0
+
+    def watched(self, group):
+        nonlocal most
+        users = decode(self, group)
+        alive.add(users)
+        most = max(most, len(alive))
+        return users
+
+    monkeypatch.setattr(Decoder, "decode", watched)
+    monkeypatch.setattr(Users, "__hash__", object.__hash__)
+    monkeypatch.setattr(Users, "__eq__", object.__eq__)
+    assert measure(store).lengths.total == store.num_users
+    assert sum(len(file.row_groups) for file in store.files) > 30 and 1 <= most <= 4
+
+
+def test_a_store_that_is_not_on_the_local_disk(tmp_path):
+    config = IngestConfig(input=[write_events(tmp_path / "e.parquet", stretched(300))], out="memory://statistics/store")
+    ingest(config)
+    far, near = measure(Store.open(config.out)), measure(make_store(tmp_path, stretched(300)))
+    assert far.lengths.counts.tolist() == near.lengths.counts.tolist()
+    assert far.counts["item"].tolist() == near.counts["item"].tolist()
 
 
 def test_units_and_unknown_values(tmp_path):
