@@ -141,8 +141,7 @@ def check_equal(duckdb: Store, spark: Store, of_duckdb: dict, of_spark: dict) ->
     }
 
 
-@pytest.mark.parametrize("strings", [False, True])
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize(("suffix", "strings"), [("csv", False), ("parquet", True)])
 def test_ties_over_several_files(any_order, tmp_path, suffix, strings):
     """The tie-break is the order of files and rows, which no shuffle of Spark's keeps by itself."""
     events = random_events(900, strings=strings)
@@ -232,6 +231,22 @@ def test_an_append_by_duckdb_to_a_store_of_sparks(spark, tmp_path):
     names = ["timestamp", "item"]
     grown = Store.open(store.path)
     assert pick(stored_histories(grown, ["item"]), names) == pick(reference_histories(events), names)
+
+
+def test_a_disk_that_only_the_executors_see(spark, tmp_path, monkeypatch):
+    """A cluster's most likely mistake: a local `out`. Here the tasks are sent to another folder instead."""
+    from pyspark import cloudpickle
+
+    from elastic_rec.feature_store.spark import engine
+
+    elsewhere = str(tmp_path / "theirs")
+    (tmp_path / "theirs").mkdir()
+    monkeypatch.setattr(engine, "write_buckets", lambda b, job: write_buckets(b, replace(job, target=elsewhere)))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    source = write_events(tmp_path / "e.csv", random_events(50))
+    with pytest.raises(DataError, match=r"part-000\.parquet: written by an executor and not seen by the driver; `out`"):
+        ingest(IngestConfig(input=[source], out=str(tmp_path / "s"), engine="spark"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.csv", "theirs"]
 
 
 def test_spark_submit_from_s3_to_s3(spark, s3_server, tmp_path, monkeypatch):
