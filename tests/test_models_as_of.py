@@ -28,6 +28,11 @@ def readings(offsets_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return user_I, ends_I
 
 
+def loss_of(output, weights_IKD: torch.Tensor) -> torch.Tensor:
+    rest_ID = output.summary * weights_IKD[:, 0] + output.pooled * weights_IKD[:, 1]
+    return (output.interests * weights_IKD).sum() + rest_ID.sum()
+
+
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("time", ["past", "none"])
 def test_a_reading_equals_a_pass_over_the_events_before_it_and_so_do_gradients(memory, time):
@@ -37,16 +42,17 @@ def test_a_reading_equals_a_pass_over_the_events_before_it_and_so_do_gradients(m
     tokens_TD.requires_grad_()
     got = as_of(tokens_TD, offsets_B1, times_s_T, user_I, ends_I)
     weights = torch.randn(got.interests.shape, generator=torch.Generator().manual_seed(1))
-    ((got.interests * weights).sum() + (got.summary * weights[:, 0]).sum()).backward()
+    loss_of(got, weights).backward()
     got_grad = [tokens_TD.grad.clone(), *(p.grad.clone() for p in as_of.parameters() if p.grad is not None)]
 
     tokens_TD.grad = None
     index = torch.cat([torch.arange(offsets_B1[u], e) for u, e in zip(user_I, ends_I, strict=True)])
     cut_I1 = torch.cat([ends_I.new_zeros(1), (ends_I - offsets_B1[user_I]).cumsum(0)])
     want = plain(tokens_TD[index], cut_I1, times_s_T[index], False)
-    ((want.interests * weights).sum() + (want.summary * weights[:, 0]).sum()).backward()
+    loss_of(want, weights).backward()
     torch.testing.assert_close(got.interests, want.interests, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.summary, want.summary, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.pooled, want.pooled, rtol=1e-4, atol=1e-5)
     want_grad = [tokens_TD.grad, *(p.grad for p in plain.parameters() if p.grad is not None)]
     for a, b in zip(got_grad, want_grad, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4 * float(b.abs().max()) + 1e-6)
@@ -73,6 +79,7 @@ def test_no_events_at_all():
     want = plain(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, False)
     torch.testing.assert_close(got.interests, want.interests)
     torch.testing.assert_close(got.summary, want.summary)
+    assert not got.pooled.any() and torch.equal(got.pooled, want.pooled)
 
 
 def test_a_stored_state_answers_with_the_same_numbers():
@@ -86,3 +93,4 @@ def test_a_stored_state_answers_with_the_same_numbers():
         got = as_of(tokens_TD, offsets_B1, times_s_T, torch.tensor([0]), torch.tensor([21]))
     torch.testing.assert_close(output.interests, got.interests, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.summary, got.summary, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.pooled, got.pooled, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from elastic_rec.feature_store.impressions.reader import ImpressionReader
 from elastic_rec.feature_store.store import Store
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.models.heads import target_attention
-from elastic_rec.models.heads.histories import MeanHistory
+from elastic_rec.models.heads.histories import CausalHistory, MeanHistory
 from elastic_rec.models.heads.ranking import RankingModel, RatedEvents, pair_loss
 from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.models.heads.retrieval import EventTable
@@ -252,3 +252,17 @@ def test_the_history_decides_on_planted_data(store):
                 optimiser.step()
         figures[history] = float(np.mean([float(model(batch)[0].detach()) for batch in batches(store)]))
     assert figures["tower"] < figures["none"]
+
+
+def test_untrained_candidates_read_means_of_the_events():
+    torch.manual_seed(0)
+    history = CausalHistory(
+        TowerConfig(width=32, attention="causal", time="none", dropout=0.0), MemoryConfig(num_keys=8)
+    )
+    B, N = 20, 50
+    events_BND = F.layer_norm(torch.randn(B, 1, 32) + torch.randn(B, N, 32), (32,))
+    offsets_B1, times_s_T = torch.arange(B + 1) * N, torch.arange(N).repeat(B)
+    output = history.tower(events_BND.flatten(0, 1), offsets_B1, times_s_T, torch.arange(B), offsets_B1[1:])
+    read_BD = history.attention(output.interests, torch.randn(B, 32), torch.arange(B))
+    alike_BB = F.cosine_similarity(read_BD[:, None], events_BND.mean(1)[None], dim=-1)
+    assert torch.equal(alike_BB.argmax(1), torch.arange(B)) and alike_BB.diagonal().mean() > 0.6

@@ -27,10 +27,11 @@ from elastic_rec.models.ops.causal_lda import Partial, combine
 
 
 class AsOf(NamedTuple):
-    """interests (I, K, D), normalised; summary (I, D). A reading that sees no event has the seeds' interests."""
+    """interests (I, K, D), normalised; summary, pooled (I, D): see CausalOutput."""
 
     interests: torch.Tensor
     summary: torch.Tensor
+    pooled: torch.Tensor
 
 
 class Places(NamedTuple):
@@ -120,15 +121,18 @@ class Reader(nn.Module):
     def forward(self, depth: Depth, experts_IKD: torch.Tensor, places: Places) -> AsOf:
         tower = self.tower[0]
         aggregates = [tower.first, *tower.stack.aggregates]
-        for aggregate, layer, read in zip(aggregates, tower.stack.layers, depth.reads, strict=True):
-            mean_IKD = mean_of(sums_at(aggregate, read, depth.timeline, places))
+        means = [
+            mean_of(sums_at(aggregate, read, depth.timeline, places))
+            for aggregate, read in zip(aggregates, depth.reads, strict=True)
+        ]
+        for layer, mean_IKD in zip(tower.stack.layers, means, strict=True):
             experts_IKD = layer.update(experts_IKD, mean_IKD)
         norm, mix = tower.summary.norm, tower.summary.mix
         # One gather out of both: a rank without any event still has a gradient, of zeros, for every parameter.
         rows_XD = torch.cat([depth.tokens_TD, experts_IKD.mean(1).to(depth.tokens_TD.dtype)])
         own_I = torch.arange(places.newest_I.numel(), device=rows_XD.device) + depth.tokens_TD.shape[0]
         newest_ID = rows_XD.index_select(0, torch.where(places.sees_I, places.newest_I, own_I))
-        return AsOf(norm(experts_IKD), mix(norm(newest_ID)))
+        return AsOf(norm(experts_IKD), mix(norm(newest_ID)), means[0].mean(1))
 
 
 class AsOfTower(CausalTower):

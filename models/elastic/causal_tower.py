@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth
+from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth, Read
 from elastic_rec.models.elastic.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.memory import CausalSeeds, InterestMemory
 from elastic_rec.models.elastic.pieces import in_pieces
@@ -23,14 +23,16 @@ from elastic_rec.models.elastic.timeline import Timeline, num_kept
 
 class CausalOutput(NamedTuple):
     """interests (B, K, D), normalised, one row per expert, after all events; summary (B, D), the output of the user's
-    newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary.
+    newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary;
+    pooled (B, D), the mean over experts of what the first layer's running sums hold, before experts and memory.
 
-    A user without any event has the mean of the seeds' interests as its newest event.
+    A user without any event has the mean of the seeds' interests as its newest event, and zeros pooled.
     """
 
     interests: torch.Tensor
     summary: torch.Tensor
     tokens: torch.Tensor | None
+    pooled: torch.Tensor
 
 
 class TimelineMaker(nn.Module):
@@ -84,7 +86,7 @@ class CausalSummary(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.mix = nn.Linear(config.width, config.width)
 
-    def forward(self, depth: Depth, every: bool) -> Summarised:
+    def forward(self, depth: Depth, pooled_BD: torch.Tensor, every: bool) -> Summarised:
         timeline = depth.timeline
         T, offsets_B1 = depth.tokens_TD.shape[0], timeline.offsets_B1
         end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
@@ -96,8 +98,15 @@ class CausalSummary(nn.Module):
         row_B = torch.where(offsets_B1.diff() > 0, offsets_B1[1:] - 1, row_B)
         outputs_XD = self.mix(self.norm(rows_XD))
         tokens_TD = outputs_XD[:T] if every else None
-        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD)
+        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD, pooled_BD)
         return Summarised(output, rows_XD.index_select(0, row_B))
+
+
+class Pooled(nn.Module):
+    """forward(read, timeline) -> (B, D) of CausalOutput; read: the first layer's."""
+
+    def forward(self, read: Read, timeline: Timeline) -> torch.Tensor:
+        return read.mean_RKD.index_select(0, timeline.chunks.end_B).mean(1)
 
 
 class StateMaker(nn.Module):
@@ -143,7 +152,7 @@ class CausalTower(nn.Module):
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else CausalSeeds(config)
         self.stack = CausalStack(config)
-        self.summary = CausalSummary(config)
+        self.pooled, self.summary = Pooled(), CausalSummary(config)
         self.next_state = StateMaker(config.chunk)
         self._fingerprint = Fingerprint(self)
 
@@ -166,7 +175,7 @@ class CausalTower(nn.Module):
         """All events at once; without a state, users start from nothing and none is made."""
         timeline = self.timeline(offsets_B1, times_s_T, state)
         depth = self._depth(tokens_TD, timeline, every)
-        summarised = self.summary(depth, every)
+        summarised = self.summary(depth, self.pooled(depth.reads[0], timeline), every)
         return summarised[0], None if state is None else self.next_state(timeline, depth, summarised[1])
 
     def _depth(self, tokens_TD: torch.Tensor, timeline: Timeline, every: bool) -> Depth:

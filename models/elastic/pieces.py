@@ -85,5 +85,6 @@ def in_pieces(
         interests=torch.cat([output.interests for output in outputs]),
         summary=torch.cat([output.summary for output in outputs]),
         tokens=torch.cat(tokens) if every else None,
+        pooled=torch.cat([output.pooled for output in outputs]),
     )
     return joined, None if state is None else UserState.cat(states)

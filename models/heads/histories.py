@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.elastic.as_of import AsOf, AsOfTower
+from elastic_rec.models.elastic.causal_tower import CausalOutput, CausalTower
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.tower import build_tower
@@ -25,7 +26,7 @@ from elastic_rec.models.heads.target_attention import EventReader
 
 
 class TargetAttention(nn.Module):
-    """A candidate reads the K interests of its impression: forward -> (C, 2, D), what it read and the summary (ours).
+    """A candidate reads the K interests of its impression: forward(interests_IKD, candidates_CD, impression_C), (C, D).
 
     The interests are few, so this is one small softmax: C·K products, whatever the history.
     """
@@ -37,15 +38,15 @@ class TargetAttention(nn.Module):
         self.key_value = nn.Linear(config.width, 2 * config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, output: AsOf, candidates_CD: torch.Tensor, impression_C: torch.Tensor) -> torch.Tensor:
-        interests_IKD = output.interests
+    def forward(
+        self, interests_IKD: torch.Tensor, candidates_CD: torch.Tensor, impression_C: torch.Tensor
+    ) -> torch.Tensor:
         (num, K, D), H = interests_IKD.shape, self.heads
         query_CHd = self.query(candidates_CD).view(-1, H, D // H) * (D // H) ** -0.5
         key_IKHd, value_IKHd = self.key_value(interests_IKD).view(num, K, 2, H, D // H).unbind(2)
         scores_CKH = (query_CHd[:, None] * key_IKHd.index_select(0, impression_C)).sum(-1)
         read_CHd = (scores_CKH.softmax(1)[..., None] * value_IKHd.index_select(0, impression_C)).sum(1)
-        read_CD = self.out(read_CHd.flatten(1))
-        return torch.stack([read_CD, output.summary.index_select(0, impression_C)], dim=1)
+        return self.out(read_CHd.flatten(1))
 
 
 class VisitOffsets(nn.Module):
@@ -66,10 +67,38 @@ class CausalHistory(nn.Module):
         self.offsets = VisitOffsets()
         self.tower = AsOfTower(config, memory, device=device)
         self.attention = TargetAttention(config)
+        begin_as_means(self.tower, self.attention)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         output = self.tower(events_TD, self.offsets(batch), batch.times_s, batch.visit, batch.ends)
-        return self.attention(output, candidates_CD, batch.impression)
+        return self.read(output, candidates_CD, batch.impression)
+
+    def read(self, output: AsOf | CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
+        """(C, 2, D): what the candidate reads of the interests, and what the experts pooled of the events."""
+        # The summary is left out: through it the newest events' embeddings, each one a candidate's as well, get by far
+        # the largest gradients (docs/lab-log.md). DDP waits for a gradient of its parameters all the same.
+        pooled_ID = output.pooled.to(candidates_CD.dtype) + 0 * output.summary
+        read_CD = self.attention(output.interests, candidates_CD, impression_C)
+        return torch.stack([read_CD, pooled_ID.index_select(0, impression_C)], dim=1)
+
+
+@torch.no_grad()
+def begin_as_means(tower: CausalTower, attention: TargetAttention) -> None:
+    """Values and what mixes them begin as the identity, seeds small: untrained, a candidate then reads means of events,
+    one per expert, in the space of its own vector, in which like and unlike are a product away. From random
+    projections a tower learns late whose taste is whose (docs/lab-log.md).
+
+    The mean of many events is a short vector: 4 times it is about as long as an event."""
+    D = attention.out.weight.shape[0]
+    identity_DD = torch.eye(D)
+    for aggregate in (tower.first, *tower.stack.aggregates):
+        aggregate.qkv.weight[2 * D :] = identity_DD
+    for layer in tower.stack.layers:
+        layer.mix.weight.copy_(4 * identity_DD)
+    attention.key_value.weight[D:] = identity_DD
+    attention.out.weight.copy_(identity_DD)
+    seeds = tower.seeds if tower.memory is None else tower.memory.select.seeds
+    seeds.seeds_KD.mul_(0.1)
 
 
 class PrefixHistory(nn.Module):
@@ -84,7 +113,8 @@ class PrefixHistory(nn.Module):
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
         output = self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, False)
-        return self.attention(output, candidates_CD, batch.impression)
+        read_CD = self.attention(output.interests, candidates_CD, batch.impression)
+        return torch.stack([read_CD, output.summary.index_select(0, batch.impression)], dim=1)
 
 
 class NoHistory(nn.Module):

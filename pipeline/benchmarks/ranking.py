@@ -115,7 +115,7 @@ def _tower_call(config: BenchmarkConfig, history: CausalHistory, candidates: int
 
     def call() -> torch.Tensor:
         output = history.tower(tokens_TD, offsets_B1, times_s_T, one, offsets_B1[1:])
-        return history.attention(output, candidates_CD, impression_C)
+        return history.read(output, candidates_CD, impression_C)
 
     return call
 
@@ -156,7 +156,7 @@ def _state_call(
 
     def call() -> torch.Tensor:
         output, _ = history.tower.step(*nothing, state, False)
-        read_CFD = history.attention(output, candidates_CD, impression_C)
+        read_CFD = history.read(output, candidates_CD, impression_C)
         return heads(torch.cat([read_CFD.flatten(1), rest_CX], dim=1))
 
     return call
