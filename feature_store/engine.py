@@ -36,7 +36,12 @@ class DuckEngine:
     def __init__(
         self, *, work: Path, roles: list[str], unit: str, memory_limit: str, threads: int, checks: ChecksConfig
     ) -> None:
-        config = {"memory_limit": memory_limit, "temp_directory": str(work / "spill"), "preserve_insertion_order": True}
+        config = {
+            "memory_limit": memory_limit,
+            "temp_directory": str(work / "spill"),
+            "preserve_insertion_order": True,
+            "force_compression": "uncompressed",  # read a few times only: compressing costs more
+        }
         if threads > 0:
             config["threads"] = threads
         try:

@@ -28,10 +28,10 @@ def test_a_run_writes_its_figures_in_both_forms_and_leaves_nothing_else(tmp_path
     done = benchmark("check=true", f"out={tmp_path}", *(f"feature_store.{item}" for item in [*SMALL, *EASY]))
     assert done.returncode == 0, done.stderr[-4000:]
     last = json.loads(done.stdout.strip().splitlines()[-1])
-    assert last["missed"] == [] and last["targets"] == 4 and len(last["ratios"]) == 4
+    assert last["missed"] == [] and last["targets"] == 4 and len(last["ratios"]) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["feature_store.json", "feature_store.md"]
     saved = json.loads((tmp_path / "feature_store.json").read_text())
-    assert [len(found["ours_s"]) for found in saved["comparisons"]] == [1, 2, 2, 2]
+    assert [len(found["ours_s"]) for found in saved["comparisons"]] == [1, 2, 2, 2, 2]
     text = (tmp_path / "feature_store.md").read_text()
     assert "| reader, workers=2 |" in text and "**missed**" not in text
 

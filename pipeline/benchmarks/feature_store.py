@@ -115,21 +115,24 @@ def sorted_copy(suite: StoreBenchmarkConfig, logs: list[Path], work: Path) -> No
 
 
 def compare_readers(suite: StoreBenchmarkConfig, store: Store, say: Callable) -> list[Comparison]:
-    """Against as many loops of ParquetFile.iter_batches as there are workers, one thread each, over equal parts of the
-    files; then against one loop with pyarrow's defaults, which decodes columns side by side."""
-    loops = {workers: Comparison(f"reader, workers={workers}", "users", store.num_users) for workers in suite.workers}
-    default = Comparison("reader, most workers, against pyarrow's defaults", "users", store.num_users)
+    """Per number of workers: against a loop of ParquetFile.iter_batches as pyarrow has it, which decodes columns side
+    by side on all cores; then against as many such loops as there are workers, over equal parts of the files, each held
+    to one thread."""
+    loops, threads = (
+        [Comparison(name.format(workers), "users", store.num_users) for workers in suite.workers]
+        for name in ("reader, workers={}", "reader, workers={}, over as many single-threaded loops")
+    )
     for turn in range(suite.repetitions + 1):  # the first warms up
-        for workers, found in loops.items():
-            base_s = _seconds(iterate_in_threads, store, suite.batch_size, workers)
+        for workers, over_loop, over_threads in zip(suite.workers, loops, threads, strict=True):
+            loop_s = _seconds(iterate, store, suite.batch_size)
             ours_s = _seconds(read, store, suite.batch_size, workers)
+            threads_s = _seconds(iterate_in_threads, store, suite.batch_size, workers)
             if turn:
-                found.add(base_s, ours_s)
-        if turn:
-            default.add(_seconds(iterate, store, suite.batch_size), ours_s)
-    for found in [*loops.values(), default]:
+                over_loop.add(loop_s, ours_s)
+                over_threads.add(threads_s, ours_s)
+    for found in [*loops, *threads]:
         say(found.text)
-    return [*loops.values(), default]
+    return [*loops, *threads]
 
 
 def read(store: Store, batch_size: int, workers: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FILE_EVENTS = 1 << 20
+FILE_EVENTS = 1 << 22
 FIRST_S = 1_700_000_000
 YEAR_S = 365 * 24 * 3600
 USER_SIGMA, ITEM_EXPONENT = 1.5, 1.0

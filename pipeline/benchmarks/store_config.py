@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class StoreTargets:
     reader_ratio: float = field(
         default=0.0,
-        metadata={"help": "users per second of the reader over those of bare loops; 0: off"},
+        metadata={"help": "users per second of the reader over those of a bare loop; 0: off"},
     )
     ingest_ratio: float = field(
         default=0.0, metadata={"help": "events per second of an ingest over those of DuckDB's sorted COPY; 0: off"}
