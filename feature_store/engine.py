@@ -26,7 +26,7 @@ from elastic_rec.feature_store.sql import bucket_sql, record_batches
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
-BATCH_EVENTS = 1 << 17
+BATCH_EVENTS = 1 << 14
 SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
