@@ -29,8 +29,8 @@ def readings(offsets_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_of(output, weights_IKD: torch.Tensor) -> torch.Tensor:
-    rest_ID = output.summary * weights_IKD[:, 0] + output.pooled * weights_IKD[:, 1]
-    return (output.interests * weights_IKD).sum() + rest_ID.sum()
+    whole_IKD = output.interests + output.pooled.flip(1)
+    return (whole_IKD * weights_IKD).sum() + (output.summary * weights_IKD[:, 0]).sum()
 
 
 @pytest.mark.parametrize("memory", [True, False])

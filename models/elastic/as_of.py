@@ -27,7 +27,7 @@ from elastic_rec.models.ops.causal_lda import Partial, combine
 
 
 class AsOf(NamedTuple):
-    """interests (I, K, D), normalised; summary, pooled (I, D): see CausalOutput."""
+    """interests (I, K, D), normalised; summary (I, D); pooled (I, K, D): see CausalOutput."""
 
     interests: torch.Tensor
     summary: torch.Tensor
@@ -132,7 +132,7 @@ class Reader(nn.Module):
         rows_XD = torch.cat([depth.tokens_TD, experts_IKD.mean(1).to(depth.tokens_TD.dtype)])
         own_I = torch.arange(places.newest_I.numel(), device=rows_XD.device) + depth.tokens_TD.shape[0]
         newest_ID = rows_XD.index_select(0, torch.where(places.sees_I, places.newest_I, own_I))
-        return AsOf(norm(experts_IKD), mix(norm(newest_ID)), means[0].mean(1))
+        return AsOf(norm(experts_IKD), mix(norm(newest_ID)), means[0])
 
 
 class AsOfTower(CausalTower):

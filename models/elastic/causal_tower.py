@@ -24,7 +24,7 @@ from elastic_rec.models.elastic.timeline import Timeline, num_kept
 class CausalOutput(NamedTuple):
     """interests (B, K, D), normalised, one row per expert, after all events; summary (B, D), the output of the user's
     newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary;
-    pooled (B, D), the mean over experts of what the first layer's running sums hold, before experts and memory.
+    pooled (B, K, D), what each expert's running sums of the first layer hold, before seeds and memory are added.
 
     A user without any event has the mean of the seeds' interests as its newest event, and zeros pooled.
     """
@@ -86,7 +86,7 @@ class CausalSummary(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.mix = nn.Linear(config.width, config.width)
 
-    def forward(self, depth: Depth, pooled_BD: torch.Tensor, every: bool) -> Summarised:
+    def forward(self, depth: Depth, pooled_BKD: torch.Tensor, every: bool) -> Summarised:
         timeline = depth.timeline
         T, offsets_B1 = depth.tokens_TD.shape[0], timeline.offsets_B1
         end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
@@ -98,15 +98,15 @@ class CausalSummary(nn.Module):
         row_B = torch.where(offsets_B1.diff() > 0, offsets_B1[1:] - 1, row_B)
         outputs_XD = self.mix(self.norm(rows_XD))
         tokens_TD = outputs_XD[:T] if every else None
-        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD, pooled_BD)
+        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD, pooled_BKD)
         return Summarised(output, rows_XD.index_select(0, row_B))
 
 
 class Pooled(nn.Module):
-    """forward(read, timeline) -> (B, D) of CausalOutput; read: the first layer's."""
+    """forward(read, timeline) -> (B, K, D) of CausalOutput; read: the first layer's."""
 
     def forward(self, read: Read, timeline: Timeline) -> torch.Tensor:
-        return read.mean_RKD.index_select(0, timeline.chunks.end_B).mean(1)
+        return read.mean_RKD.index_select(0, timeline.chunks.end_B)
 
 
 class StateMaker(nn.Module):

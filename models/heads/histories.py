@@ -24,6 +24,8 @@ from elastic_rec.models.heads.ranking_config import History, RankingConfig
 from elastic_rec.models.heads.retrieval import PrefixGather
 from elastic_rec.models.heads.target_attention import EventReader
 
+SUMMARY_GRADIENT = 0.1
+
 
 class TargetAttention(nn.Module):
     """A candidate reads the K interests of its impression: forward(interests_IKD, candidates_CD, impression_C), (C, D).
@@ -66,37 +68,40 @@ class CausalHistory(nn.Module):
         super().__init__()
         self.offsets = VisitOffsets()
         self.tower = AsOfTower(config, memory, device=device)
-        self.attention = TargetAttention(config)
-        begin_as_means(self.tower, self.attention)
+        self.attention, self.pooled = TargetAttention(config), TargetAttention(config)
+        begin_as_means(self.tower, self.attention, self.pooled)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         output = self.tower(events_TD, self.offsets(batch), batch.times_s, batch.visit, batch.ends)
         return self.read(output, candidates_CD, batch.impression)
 
     def read(self, output: AsOf | CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
-        """(C, 2, D): what the candidate reads of the interests, and what the experts pooled of the events."""
-        # The summary is left out: through it the newest events' embeddings, each one a candidate's as well, get by far
-        # the largest gradients (docs/lab-log.md). DDP waits for a gradient of its parameters all the same.
-        pooled_ID = output.pooled.to(candidates_CD.dtype) + 0 * output.summary
+        """(C, 3, D): what the candidate reads of the interests, what it reads of the pooled events, and the output of
+        the newest event."""
+        # Through the newest event alone its item's row, a candidate's too, would get by far the largest gradients, and
+        # taste be learned late (docs/lab-log.md). AdamW does not mind the factor, so the tower learns as fast.
+        summary_ID = SUMMARY_GRADIENT * output.summary + (1 - SUMMARY_GRADIENT) * output.summary.detach()
         read_CD = self.attention(output.interests, candidates_CD, impression_C)
-        return torch.stack([read_CD, pooled_ID.index_select(0, impression_C)], dim=1)
+        pooled_CD = self.pooled(output.pooled.to(read_CD.dtype), candidates_CD, impression_C)
+        return torch.stack([read_CD, pooled_CD, summary_ID.index_select(0, impression_C)], dim=1)
 
 
 @torch.no_grad()
-def begin_as_means(tower: CausalTower, attention: TargetAttention) -> None:
+def begin_as_means(tower: CausalTower, *attentions: TargetAttention) -> None:
     """Values and what mixes them begin as the identity, seeds small: untrained, a candidate then reads means of events,
     one per expert, in the space of its own vector, in which like and unlike are a product away. From random
     projections a tower learns late whose taste is whose (docs/lab-log.md).
 
     The mean of many events is a short vector: 4 times it is about as long as an event."""
-    D = attention.out.weight.shape[0]
+    D = tower.config.width
     identity_DD = torch.eye(D)
     for aggregate in (tower.first, *tower.stack.aggregates):
         aggregate.qkv.weight[2 * D :] = identity_DD
     for layer in tower.stack.layers:
         layer.mix.weight.copy_(4 * identity_DD)
-    attention.key_value.weight[D:] = identity_DD
-    attention.out.weight.copy_(identity_DD)
+    for attention in attentions:
+        attention.key_value.weight[D:] = identity_DD
+        attention.out.weight.copy_(identity_DD)
     seeds = tower.seeds if tower.memory is None else tower.memory.select.seeds
     seeds.seeds_KD.mul_(0.1)
 
@@ -140,7 +145,7 @@ def build_history(
     """(the reader, how many vectors per candidate it gives)."""
     if ranking.history is History.tower:
         if tower.attention is Attention.causal:
-            return CausalHistory(tower, memory, device), 2
+            return CausalHistory(tower, memory, device), 3
         return PrefixHistory(tower, memory, max_history, device), 2
     if ranking.history is History.none:
         return NoHistory(), 0

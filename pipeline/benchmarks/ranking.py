@@ -30,7 +30,7 @@ from elastic_rec.pipeline.benchmarks.ranking_report import Cell, judge, last_fig
 from elastic_rec.pipeline.benchmarks.streaming import draw_events
 from elastic_rec.pipeline.errors import ConfigError
 
-VECTORS = 6  # per candidate, as RankingModel puts them together: itself, two read, their products, the gap
+VECTORS = 8  # per candidate, as RankingModel puts them together: itself, three read, their products, the gap
 CALLS = 4  # in a sample
 
 
@@ -151,7 +151,7 @@ def _state_call(
     """Interests out of a state, then attention, cross network and MLP."""
     width = config.model.width
     candidates_CD, impression_C = torch.randn(candidates, width), torch.zeros(candidates, dtype=torch.int64)
-    rest_CX = torch.randn(candidates, (VECTORS - 2) * width)
+    rest_CX = torch.randn(candidates, (VECTORS - 3) * width)
     nothing = (torch.zeros(0, width), torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
     def call() -> torch.Tensor:
