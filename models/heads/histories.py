@@ -78,8 +78,8 @@ class CausalHistory(nn.Module):
     def read(self, output: AsOf | CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
         """(C, 3, D): what the candidate reads of the interests, what it reads of the pooled events, and the output of
         the newest event."""
-        # Through the newest event alone its item's row, a candidate's too, would get by far the largest gradients, and
-        # taste be learned late (docs/lab-log.md). AdamW does not mind the factor, so the tower learns as fast.
+        # A pooled event's gradient is divided by their number, the newest one's is not, and its item's row is a
+        # candidate's too: taste was learned late (docs/lab-log.md). AdamW does not mind the factor, tables do.
         summary_ID = SUMMARY_GRADIENT * output.summary + (1 - SUMMARY_GRADIENT) * output.summary.detach()
         read_CD = self.attention(output.interests, candidates_CD, impression_C)
         pooled_CD = self.pooled(output.pooled.to(read_CD.dtype), candidates_CD, impression_C)
