@@ -8,44 +8,40 @@ A cell without figures says why: out of memory, skipped (predicted to take too l
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig, EfficiencyConfig
 from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, Arena, takes_part
 from elastic_rec.pipeline.benchmarks.efficiency_report import write_figures, write_plot, write_table
-from elastic_rec.pipeline.benchmarks.efficiency_table import Cell, Table, Verdict, figures, judge, short
-from elastic_rec.pipeline.benchmarks.machine import describe_machine
+from elastic_rec.pipeline.benchmarks.efficiency_table import Cell, Table, figures, judge, short
+from elastic_rec.pipeline.benchmarks.record import Record, Verdict
 from elastic_rec.pipeline.benchmarks.worker import OUT_OF_MEMORY, Task, Worker
 
 
 def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str], None]) -> tuple[dict, list[str]]:
     """Measures, writes OUT/efficiency.{json,md,png}; returns (figures for the last line, missed targets)."""
-    suite, start = config.efficiency, time.perf_counter()
+    suite = config.efficiency
     arena = Arena(config.model, config.memory, gather_rows=suite.gather_rows, device=device, seed=config.seed)
     worker = Worker(arena, threads=config.threads, memory_limit_gib=suite.memory_limit_gib)
-    context = {
-        "command": "python pipeline/benchmark.py " + " ".join(sys.argv[1:]),
-        "started": datetime.now().isoformat(timespec="minutes", sep=" "),
-        "machine": describe_machine(),
+    record = Record(
+        "efficiency",
+        out,
+        ("json", "md", "png"),
         **worker.describe(),
-        "model": asdict(config.model),
-        "memory": asdict(config.memory),
-        "seed": config.seed,
-    }
-    paths = {kind: out / f"efficiency.{kind}" for kind in ("json", "md", "png")}
+        model=asdict(config.model),
+        memory=asdict(config.memory),
+        seed=config.seed,
+    )
 
     def save(table: Table) -> list[Verdict]:
-        context["seconds"] = round(time.perf_counter() - start, 1)
-        context["load_average_after"] = describe_machine()["load_average"]
+        record.stop()
         verdicts = judge(table, suite.targets)
-        for path, write in ((paths["json"], write_figures), (paths["md"], write_table)):
-            write(path, table, config=suite, context=context, verdicts=verdicts)
+        for path, write in ((record.paths["json"], write_figures), (record.paths["md"], write_table)):
+            write(path, table, config=suite, context=record.context, verdicts=verdicts)
         return verdicts
 
     try:
@@ -53,18 +49,8 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
     finally:
         worker.close()
     verdicts = save(table)
-    write_plot(paths["png"], table)
-    missed = [f"{verdict.name}: {verdict.text}, target {verdict.bound}" for verdict in verdicts if not verdict.met]
-    last_line = {
-        "suite": "efficiency",
-        "seconds": context["seconds"],
-        **{kind: str(path) for kind, path in paths.items()},
-        "cells": len(table.cells),
-        **figures(table, suite.targets),
-        "targets": len(verdicts),
-        "missed": missed,
-    }
-    return last_line, missed
+    write_plot(record.paths["png"], table)
+    return record.last_line({"cells": len(table.cells), **figures(table, suite.targets)}, verdicts)
 
 
 def measure(

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 
 from elastic_rec.pipeline.benchmarks.config import EfficiencyConfig
 from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, ELASTIC, GATHER
-from elastic_rec.pipeline.benchmarks.efficiency_table import Table, Verdict, figures, short
+from elastic_rec.pipeline.benchmarks.efficiency_table import Table, figures, short
+from elastic_rec.pipeline.benchmarks.record import Verdict, target_table
 from elastic_rec.pipeline.files import write_json, write_text
 
 LOOKS = {
@@ -58,10 +59,7 @@ def write_table(path: Path, table: Table, *, config: EfficiencyConfig, context: 
         if names := table.contestants(mode):
             lines += ["", f"## {mode.capitalize()}", "", *_times(table, mode, names)]
             lines += ["", *_slopes(table, mode, names, config.targets.slope_from), "", *_ratios(table, mode, names)]
-    lines += ["", "## Targets", "", "| target | bound | measured | |", "|---|---|---|---|"]
-    for verdict in verdicts:
-        mark = "met" if verdict.met else "**missed**"
-        lines.append(f"| {verdict.name} | {verdict.bound} | {verdict.text} | {mark} |")
+    lines += ["", "## Targets", "", *target_table(verdicts)]
     write_text(path, "\n".join(lines) + "\n")
 
 

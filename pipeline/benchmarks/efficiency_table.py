@@ -10,6 +10,7 @@ import numpy as np
 
 from elastic_rec.pipeline.benchmarks.config import EfficiencyTargets
 from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, ELASTIC, GATHER, SASREC
+from elastic_rec.pipeline.benchmarks.record import Verdict
 
 
 @dataclass
@@ -63,20 +64,6 @@ class Table:
             return None
         x, y = (np.log([getattr(cell, name) for cell in cells]) for name in ("events", "seconds"))
         return float(np.polyfit(x, y, 1)[0])
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One target. value: what was measured, None if it was not (which is not met, either)."""
-
-    name: str
-    bound: str
-    value: float | None
-    met: bool
-
-    @property
-    def text(self) -> str:
-        return "not measured" if self.value is None else f"{self.value:.3g}"
 
 
 def judge(table: Table, targets: EfficiencyTargets) -> list[Verdict]:

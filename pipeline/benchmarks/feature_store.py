@@ -10,13 +10,11 @@ reported. Every round opens the store anew: nothing is left in a decoder's cache
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 
 import duckdb
@@ -32,8 +30,8 @@ from elastic_rec.feature_store.store import Store
 from elastic_rec.pipeline.allocator import keep_freed_memory
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.benchmarks.feature_store_report import Comparison, judge, last_figures, write
-from elastic_rec.pipeline.benchmarks.machine import describe_machine
 from elastic_rec.pipeline.benchmarks.raw_events import write_events
+from elastic_rec.pipeline.benchmarks.record import Record
 from elastic_rec.pipeline.benchmarks.store_config import StoreBenchmarkConfig
 from elastic_rec.pipeline.errors import ConfigError
 
@@ -47,15 +45,15 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
         raise ConfigError("suite=feature_store measures disk and CPU: set device=cpu")
     if config.threads:
         torch.set_num_threads(config.threads)
-    suite, start = config.feature_store, time.perf_counter()
-    context = {
-        "command": "python pipeline/benchmark.py " + " ".join(sys.argv[1:]),
-        "started": datetime.now().isoformat(timespec="minutes", sep=" "),
-        "machine": describe_machine(),
-        "allocator": keep_freed_memory(),
-        "feature_store": asdict(suite),
-        "seed": config.seed,
-    }
+    suite = config.feature_store
+    record = Record(
+        "feature_store",
+        out,
+        ("json", "md"),
+        allocator=keep_freed_memory(),
+        feature_store=asdict(suite),
+        seed=config.seed,
+    )
     with tempfile.TemporaryDirectory(prefix="feature_store-", dir=out) as scratch:
         work = Path(scratch)
         logs = write_events(work / "log", suite.num_users, suite.num_events, suite.num_items, config.seed)
@@ -66,19 +64,9 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
         decoded = read_amplification(suite, store)
     say(f"{suite.readers} readers decode {decoded:.3f} times what they use")
     verdicts = judge(comparisons, decoded, suite)
-    context["seconds"] = round(time.perf_counter() - start, 1)
-    context["load_average_after"] = describe_machine()["load_average"]
-    paths = {kind: out / f"feature_store.{kind}" for kind in ("json", "md")}
-    write(paths, comparisons, decoded, context=context, verdicts=verdicts)
-    missed = [f"{verdict.name}: {verdict.text}, target {verdict.bound}" for verdict in verdicts if not verdict.met]
-    return {
-        "suite": "feature_store",
-        "seconds": context["seconds"],
-        **{kind: str(path) for kind, path in paths.items()},
-        **last_figures(comparisons, decoded),
-        "targets": len(verdicts),
-        "missed": missed,
-    }, missed
+    record.stop()
+    write(record, comparisons, decoded, verdicts)
+    return record.last_line(last_figures(comparisons, decoded), verdicts)
 
 
 def compare_ingest(suite: StoreBenchmarkConfig, logs: list[Path], work: Path, say: Callable) -> Comparison:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from elastic_rec.pipeline.benchmarks.efficiency_table import Verdict
+from elastic_rec.pipeline.benchmarks.record import Record, Verdict, target_table
 from elastic_rec.pipeline.benchmarks.store_config import StoreBenchmarkConfig
 from elastic_rec.pipeline.files import write_json, write_text
 
@@ -66,14 +65,13 @@ def last_figures(comparisons: list[Comparison], decoded: float) -> dict[str, Any
     return {"ratios": ratios, "read_amplification": round(decoded, 4)}
 
 
-def write(
-    paths: dict[str, Path], comparisons: list[Comparison], decoded: float, *, context: dict, verdicts: list[Verdict]
-) -> None:
-    """context: machine, threads, sizes: whatever a figure depends on."""
+def write(record: Record, comparisons: list[Comparison], decoded: float, verdicts: list[Verdict]) -> None:
     found = {"comparisons": [asdict(comparison) for comparison in comparisons]}
     targets = [asdict(verdict) for verdict in verdicts]
-    write_json(paths["json"], {**context, "targets": targets, **last_figures(comparisons, decoded), **found})
-    write_text(paths["md"], _markdown(comparisons, context, verdicts))
+    write_json(
+        record.paths["json"], {**record.context, "targets": targets, **last_figures(comparisons, decoded), **found}
+    )
+    write_text(record.paths["md"], _markdown(comparisons, record.context, verdicts))
 
 
 def _markdown(comparisons: list[Comparison], context: dict, verdicts: list[Verdict]) -> str:
@@ -96,8 +94,5 @@ def _markdown(comparisons: list[Comparison], context: dict, verdicts: list[Verdi
         base, ours = comparison.per_second
         unit = comparison.unit
         lines.append(f"| {comparison.name} | {ours:,.0f} {unit}/s | {base:,.0f} {unit}/s | {comparison.ratio:.2f} |")
-    lines += ["", "| target | bound | measured | |", "|---|---|---|---|"]
-    for verdict in verdicts:
-        mark = "met" if verdict.met else "**missed**"
-        lines.append(f"| {verdict.name} | {verdict.bound} | {verdict.text} | {mark} |")
+    lines += ["", *target_table(verdicts)]
     return "\n".join(lines) + "\n"

@@ -7,11 +7,9 @@ event, and the candidates scored. All cells take turns, in an order that rotates
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,8 +23,8 @@ from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.models.heads.target_attention import EventReader
 from elastic_rec.pipeline.allocator import keep_freed_memory
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig
-from elastic_rec.pipeline.benchmarks.machine import describe_machine
 from elastic_rec.pipeline.benchmarks.ranking_report import Cell, judge, last_figures, write
+from elastic_rec.pipeline.benchmarks.record import Record
 from elastic_rec.pipeline.benchmarks.streaming import draw_events
 from elastic_rec.pipeline.errors import ConfigError
 
@@ -41,33 +39,22 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
     config.model = replace(config.model, attention=Attention.causal)
     if config.threads:
         torch.set_num_threads(config.threads)
-    start, load = time.perf_counter(), describe_machine()["load_average"]
-    context = {
-        "command": "python pipeline/benchmark.py " + " ".join(sys.argv[1:]),
-        "started": datetime.now().isoformat(timespec="minutes", sep=" "),
-        "machine": {**describe_machine(), "load_average": load},
-        "threads": torch.get_num_threads(),
-        "allocator": keep_freed_memory(),
-        "model": asdict(config.model),
-        "memory": asdict(config.memory),
-        "ranking": asdict(config.ranking),
-        "seed": config.seed,
-    }
+    record = Record(
+        "ranking",
+        out,
+        ("json", "md"),
+        threads=torch.get_num_threads(),
+        allocator=keep_freed_memory(),
+        model=asdict(config.model),
+        memory=asdict(config.memory),
+        ranking=asdict(config.ranking),
+        seed=config.seed,
+    )
     cells = measure(config, say=say)
     verdicts = judge(cells, config.ranking.targets)
-    context["seconds"] = round(time.perf_counter() - start, 1)
-    context["load_average_after"] = describe_machine()["load_average"]
-    paths = {kind: out / f"ranking.{kind}" for kind in ("json", "md")}
-    write(paths, cells, context=context, verdicts=verdicts)
-    missed = [f"{verdict.name}: {verdict.text}, target {verdict.bound}" for verdict in verdicts if not verdict.met]
-    return {
-        "suite": "ranking",
-        "seconds": context["seconds"],
-        **{kind: str(path) for kind, path in paths.items()},
-        **last_figures(cells),
-        "targets": len(verdicts),
-        "missed": missed,
-    }, missed
+    record.stop()
+    write(record, cells, verdicts)
+    return record.last_line(last_figures(cells), verdicts)
 
 
 @torch.no_grad()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from elastic_rec.pipeline.benchmarks.config import RankingTargets
-from elastic_rec.pipeline.benchmarks.efficiency_table import Verdict
+from elastic_rec.pipeline.benchmarks.record import Record, Verdict, target_table
 from elastic_rec.pipeline.files import write_json, write_text
 
 
@@ -84,12 +83,11 @@ def last_figures(cells: list[Cell]) -> dict[str, Any]:
     }
 
 
-def write(paths: dict[str, Path], cells: list[Cell], *, context: dict, verdicts: list[Verdict]) -> None:
-    """context: machine, threads, shapes: whatever a figure depends on."""
+def write(record: Record, cells: list[Cell], verdicts: list[Verdict]) -> None:
     targets = [asdict(verdict) for verdict in verdicts]
     found = [asdict(cell) for cell in cells]
-    write_json(paths["json"], {**context, "targets": targets, **last_figures(cells), "cells": found})
-    write_text(paths["md"], _markdown(cells, context, verdicts))
+    write_json(record.paths["json"], {**record.context, "targets": targets, **last_figures(cells), "cells": found})
+    write_text(record.paths["md"], _markdown(cells, record.context, verdicts))
 
 
 def _markdown(cells: list[Cell], context: dict, verdicts: list[Verdict]) -> str:
@@ -135,10 +133,6 @@ def _markdown(cells: list[Cell], context: dict, verdicts: list[Verdict]) -> str:
         "",
         f"Slowest over fastest: {state_ratio(cells):.2f}.",
         "",
-        "| target | bound | measured | |",
-        "|---|---|---|---|",
+        *target_table(verdicts),
     ]
-    for verdict in verdicts:
-        mark = "met" if verdict.met else "**missed**"
-        lines.append(f"| {verdict.name} | {verdict.bound} | {verdict.text} | {mark} |")
     return "\n".join(lines) + "\n"

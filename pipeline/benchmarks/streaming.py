@@ -9,11 +9,9 @@ Passes: one user's whole history through `step`, in a process of its own per len
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from elastic_rec.models.elastic.state import UserState
 from elastic_rec.models.elastic.tower import build_tower
 from elastic_rec.pipeline.allocator import keep_freed_memory
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig
-from elastic_rec.pipeline.benchmarks.machine import describe_machine
+from elastic_rec.pipeline.benchmarks.record import Record
 from elastic_rec.pipeline.benchmarks.streaming_report import Fold, Pass, judge, last_figures, write
 from elastic_rec.pipeline.errors import ConfigError
 
@@ -39,34 +37,23 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
     config.model = replace(config.model, attention=Attention.causal)
     if config.threads:
         torch.set_num_threads(config.threads)
-    start = time.perf_counter()
-    context = {
-        "command": "python pipeline/benchmark.py " + " ".join(sys.argv[1:]),
-        "started": datetime.now().isoformat(timespec="minutes", sep=" "),
-        "machine": describe_machine(),
-        "threads": torch.get_num_threads(),
-        "allocator": keep_freed_memory(),
-        "model": asdict(config.model),
-        "memory": asdict(config.memory),
-        "streaming": asdict(config.streaming),
-        "seed": config.seed,
-    }
+    record = Record(
+        "streaming",
+        out,
+        ("json", "md"),
+        threads=torch.get_num_threads(),
+        allocator=keep_freed_memory(),
+        model=asdict(config.model),
+        memory=asdict(config.memory),
+        streaming=asdict(config.streaming),
+        seed=config.seed,
+    )
     folds = measure_folds(config, say=say)
     passes = [_in_child(config, events, say=say) for events in config.streaming.pass_events]
     verdicts = judge(folds, passes, config.streaming.targets)
-    context["seconds"] = round(time.perf_counter() - start, 1)
-    context["load_average_after"] = describe_machine()["load_average"]
-    paths = {kind: out / f"streaming.{kind}" for kind in ("json", "md")}
-    write(paths, folds, passes, context=context, verdicts=verdicts)
-    missed = [f"{verdict.name}: {verdict.text}, target {verdict.bound}" for verdict in verdicts if not verdict.met]
-    return {
-        "suite": "streaming",
-        "seconds": context["seconds"],
-        **{kind: str(path) for kind, path in paths.items()},
-        **last_figures(folds, passes),
-        "targets": len(verdicts),
-        "missed": missed,
-    }, missed
+    record.stop()
+    write(record, folds, passes, verdicts)
+    return record.last_line(last_figures(folds, passes), verdicts)
 
 
 def build(config: BenchmarkConfig) -> CausalTower:

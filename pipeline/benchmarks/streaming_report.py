@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from elastic_rec.pipeline.benchmarks.config import StreamingTargets
-from elastic_rec.pipeline.benchmarks.efficiency_table import Verdict
+from elastic_rec.pipeline.benchmarks.record import Record, Verdict, target_table
 from elastic_rec.pipeline.files import write_json, write_text
 
 
@@ -82,14 +81,11 @@ def last_figures(folds: list[Fold], passes: list[Pass]) -> dict[str, Any]:
     }
 
 
-def write(
-    paths: dict[str, Path], folds: list[Fold], passes: list[Pass], *, context: dict, verdicts: list[Verdict]
-) -> None:
-    """context: machine, threads, shapes: whatever a figure depends on."""
+def write(record: Record, folds: list[Fold], passes: list[Pass], verdicts: list[Verdict]) -> None:
     found = {"folds": [asdict(fold) for fold in folds], "passes": [asdict(row) for row in passes]}
     targets = [asdict(verdict) for verdict in verdicts]
-    write_json(paths["json"], {**context, "targets": targets, **last_figures(folds, passes), **found})
-    write_text(paths["md"], _markdown(folds, passes, context, verdicts))
+    write_json(record.paths["json"], {**record.context, "targets": targets, **last_figures(folds, passes), **found})
+    write_text(record.paths["md"], _markdown(folds, passes, record.context, verdicts))
 
 
 def _markdown(folds: list[Fold], passes: list[Pass], context: dict, verdicts: list[Verdict]) -> str:
@@ -124,10 +120,6 @@ def _markdown(folds: list[Fold], passes: list[Pass], context: dict, verdicts: li
             for row in passes
         ),
         "",
-        "| target | bound | measured | |",
-        "|---|---|---|---|",
+        *target_table(verdicts),
     ]
-    for verdict in verdicts:
-        mark = "met" if verdict.met else "**missed**"
-        lines.append(f"| {verdict.name} | {verdict.bound} | {verdict.text} | {mark} |")
     return "\n".join(lines) + "\n"
