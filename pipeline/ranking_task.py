@@ -74,10 +74,10 @@ class RankingTask:
         """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib)."""
         config = self.config
         torch.manual_seed(config.run.seed)
-        if config.ranking.history is not History.tower:
-            self.world.say(
-                f"ranking.history={config.ranking.history.value}: no tower; of model.* only width and dropout count"
-            )
+        history = config.ranking.history
+        if history is not History.tower:
+            counts = "width, dropout, moments and chunk" if history is History.moments else "width and dropout"
+            self.world.say(f"ranking.history={history.value}: no tower; of model.* only {counts} count")
         sizes = self.rows
         tables = [EventTable(name, sizes[name]) for name in self.columns]
         if config.model.time is not Time.none:

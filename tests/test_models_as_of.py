@@ -12,7 +12,9 @@ from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 
 
 def towers(*, memory: bool, time: str = "past") -> tuple[AsOfTower, CausalTower]:
-    config = TowerConfig(width=D, heads=2, experts=4, layers=3, dropout=0.0, attention="causal", chunk=C, time=time)
+    config = TowerConfig(
+        width=D, heads=2, experts=4, layers=3, dropout=0.0, attention="causal", chunk=C, time=time, moments=3
+    )
     settings = MemoryConfig(enabled=memory, num_keys=8, heads=2, top_r=3)
     torch.manual_seed(0)
     as_of, plain = AsOfTower(config, settings), CausalTower(config, settings)
@@ -29,8 +31,8 @@ def readings(offsets_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_of(output, weights_IKD: torch.Tensor) -> torch.Tensor:
-    whole_IKD = output.interests + output.pooled.flip(1)
-    return (whole_IKD * weights_IKD).sum() + (output.summary * weights_IKD[:, 0]).sum()
+    moments = (output.moments.mean * weights_IKD[:, 1]).sum() + (output.moments.covariance.sum(1) ** 2).sum()
+    return (output.interests * weights_IKD).sum() + (output.summary * weights_IKD[:, 0]).sum() + moments
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -52,7 +54,7 @@ def test_a_reading_equals_a_pass_over_the_events_before_it_and_so_do_gradients(m
     loss_of(want, weights).backward()
     torch.testing.assert_close(got.interests, want.interests, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.summary, want.summary, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got.pooled, want.pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.moments, want.moments, rtol=1e-4, atol=1e-5)
     want_grad = [tokens_TD.grad, *(p.grad for p in plain.parameters() if p.grad is not None)]
     for a, b in zip(got_grad, want_grad, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4 * float(b.abs().max()) + 1e-6)
@@ -68,6 +70,7 @@ def test_a_later_event_changes_no_bit_of_a_reading():
     changed_TD[40:] += 1.0
     after = as_of(changed_TD, offsets_B1, later_T, user_I, ends_I)
     assert torch.equal(before.interests, after.interests) and torch.equal(before.summary, after.summary)
+    assert all(torch.equal(a, b) for a, b in zip(before.moments, after.moments, strict=True))
     late = as_of(changed_TD, offsets_B1, later_T, torch.tensor([0]), torch.tensor([19]))
     assert not torch.allclose(late.summary, before.summary[1])
 
@@ -79,7 +82,7 @@ def test_no_events_at_all():
     want = plain(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, False)
     torch.testing.assert_close(got.interests, want.interests)
     torch.testing.assert_close(got.summary, want.summary)
-    assert not got.pooled.any() and torch.equal(got.pooled, want.pooled)
+    assert all(not a.any() and torch.equal(a, b) for a, b in zip(got.moments, want.moments, strict=True))
 
 
 def test_a_stored_state_answers_with_the_same_numbers():
@@ -93,4 +96,4 @@ def test_a_stored_state_answers_with_the_same_numbers():
         got = as_of(tokens_TD, offsets_B1, times_s_T, torch.tensor([0]), torch.tensor([21]))
     torch.testing.assert_close(output.interests, got.interests, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.summary, got.summary, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.pooled, got.pooled, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.moments, got.moments, rtol=1e-4, atol=1e-5)

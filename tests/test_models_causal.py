@@ -23,7 +23,7 @@ D, K, H, C = 16, 4, 2, 4
 LENGTHS = [0, 1, C - 1, C, C + 1, 2 * C + 1, 37]
 
 
-def make_tower(*, memory=True, layers=2, dropout=0.0, chunk=C, half_life=True):
+def make_tower(*, memory=True, layers=2, dropout=0.0, chunk=C, half_life=True, moments=0):
     torch.manual_seed(0)
     config = TowerConfig(
         width=D,
@@ -34,6 +34,7 @@ def make_tower(*, memory=True, layers=2, dropout=0.0, chunk=C, half_life=True):
         attention="causal",
         chunk=chunk,
         half_life=half_life,
+        moments=moments,
     )
     return build_tower(config, MemoryConfig(enabled=memory, num_keys=8, heads=2, top_r=3))
 

@@ -24,7 +24,7 @@ from elastic_rec.models.heads.retrieval import EventTable
 from elastic_rec.models.heads.target_attention import ActivationUnit, EventReader
 from elastic_rec.pipeline.ranking_task import RankingBatch
 
-READERS = ["tower", "bidirectional", "none", "mean", "din", "sim"]
+READERS = ["tower", "moments", "bidirectional", "none", "mean", "din", "sim"]
 D = 16
 
 
@@ -56,7 +56,9 @@ def make_model(store, history: str = "tower", **ranking) -> RankingModel:
         context=[EventTable("device", sizes["device"])],
         item_context=[EventTable("tags", sizes["tags"])],
         num_labels=2,
-        tower=TowerConfig(width=D, experts=4, dropout=0.0, attention=attention, chunk=4),
+        tower=TowerConfig(
+            width=D, experts=4, dropout=0.0, attention=attention, chunk=4, moments=3 * (attention == "causal")
+        ),
         memory=MemoryConfig(num_keys=8, top_r=2),
         ranking=RankingConfig(
             history="tower" if history == "bidirectional" else history,

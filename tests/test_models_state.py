@@ -183,9 +183,9 @@ def test_foreign_and_damaged_states_are_refused():
         tower.step(torch.zeros(0, D), torch.zeros(4, dtype=torch.int64), nothing[:0], state)
 
     newer, mixed = rows.copy(), rows.copy()
-    newer[:, 8], mixed[1, 20] = 2, mixed[1, 20] + 1
+    newer[:, 8], mixed[1, 20] = 3, mixed[1, 20] + 1
     for damaged, message in (
-        (newer, "version 2, dtype 0; this code reads version 1"),
+        (newer, "version 3, dtype 0; this code reads version 2"),
         (mixed, "several models"),
         (rows[:, :-4], "cut off or damaged"),
         (np.zeros((2, 99), np.uint8), "holds no user states"),

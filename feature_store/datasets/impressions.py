@@ -1,8 +1,9 @@
 """Impressions of the data sets: MovieLens as a ranking task, and planted ones for synthetic events.
 
 MovieLens: ratings of one user in one second are one impression, its items the candidates; `liked` is 1 for a rating of
-    4 or more. Context: the user's gender, age group, occupation and zip region where the set has users; of items genres
-    and release year. The events stay the histories: an impression sees the ratings before its second.
+    4 or more, `loved` of 5, `passable` of 3 or more. Context: the user's gender, age group, occupation and zip region
+    where the set has users; of items genres and release year. The events stay the histories: an impression sees the
+    ratings before its second.
 Synthetic (ours): an impression just before an event shows the item of that event among items drawn from global
     popularity. `click` is that item, `kindred` any item of its interest; on "tv" half of the clicks go missing, so the
     context has something to tell. What a model can know of the next item is in the history alone; a join that let the
@@ -24,7 +25,7 @@ from elastic_rec.feature_store.datasets.world import SyntheticConfig, World
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.sources import quote
 
-LIKED_FROM = 4
+GRADES = {"liked": 4, "loved": 5, "passable": 3}  # label -> the lowest rating that has it
 DEVICES = np.array(["web", "phone", "tv"])
 TV = 2
 USER_COLUMNS = ["gender", "age", "occupation", "zip_region"]
@@ -53,12 +54,15 @@ def movielens_impressions(files: EventFiles, folder: Path) -> ImpressionConfig:
         else ""
     )
     context = USER_COLUMNS if files.users else []
-    liked = f"(CAST(rating AS DOUBLE) >= {LIKED_FROM})::FLOAT"
+    labels = ", ".join(
+        f"list((CAST(rating AS DOUBLE) >= {lowest})::FLOAT ORDER BY file_row_number) AS {label}"
+        for label, lowest in GRADES.items()
+    )
     with duckdb.connect() as db:
         _copy(
             db,
             f"SELECT user_id, timestamp, list(item_id ORDER BY file_row_number) AS item_id, "
-            f"list({liked} ORDER BY file_row_number) AS liked{''.join(f', any_value({c}) AS {c}' for c in context)} "
+            f"{labels}{''.join(f', any_value({c}) AS {c}' for c in context)} "
             f"FROM {_parquet(files.events, numbered=True)} {users} "
             "GROUP BY user_id, timestamp ORDER BY min(file_row_number)",
             folder / "impressions.parquet",
@@ -71,7 +75,7 @@ def movielens_impressions(files: EventFiles, folder: Path) -> ImpressionConfig:
         )
     return ImpressionConfig(
         input=[str(folder / "impressions.parquet")],
-        label_columns=["liked"],
+        label_columns=list(GRADES),
         context_columns=context,
         item_input=str(folder / "items.parquet"),
         item_context_columns=["genres", "release_year"],

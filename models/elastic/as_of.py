@@ -22,16 +22,17 @@ from torch import nn
 from elastic_rec.models.elastic.causal_layer import CausalAggregate, Depth, Read
 from elastic_rec.models.elastic.causal_tower import CausalTower
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.moments import Moments, RunningMoments, moments_of
 from elastic_rec.models.elastic.timeline import Timeline
 from elastic_rec.models.ops.causal_lda import Partial, combine
 
 
 class AsOf(NamedTuple):
-    """interests (I, K, D), normalised; summary (I, D); pooled (I, K, D): see CausalOutput."""
+    """interests (I, K, D), normalised; summary (I, D); moments of the events seen: see CausalOutput."""
 
     interests: torch.Tensor
     summary: torch.Tensor
-    pooled: torch.Tensor
+    moments: Moments
 
 
 class Places(NamedTuple):
@@ -89,6 +90,18 @@ def mean_of(sums: Partial) -> torch.Tensor:
     return sums.mean().transpose(1, 2).flatten(2)
 
 
+class MomentsAt(nn.Module):
+    """forward(sums_Rrf, tokens_TD, places) -> Moments, I rows."""
+
+    def __init__(self, running: RunningMoments):
+        super().__init__()
+        self.running = [running]  # in a list: it is the tower's child already
+
+    def forward(self, sums_Rrf: torch.Tensor, tokens_TD: torch.Tensor, places: Places) -> Moments:
+        own_Irf = self.running[0].sums(tokens_TD[places.event_IC], places.seen_IC)
+        return moments_of(sums_Rrf.index_select(0, places.boundary_I) + own_Irf)
+
+
 class Widener(nn.Module):
     """forward(read, timeline, places) -> the first layer's Read with the I readings behind the R boundaries: the memory
     is asked once for all."""
@@ -112,13 +125,13 @@ class Splitter(nn.Module):
 
 
 class Reader(nn.Module):
-    """forward(depth, experts_IKD, places) -> AsOf: the readings' experts through all layers."""
+    """forward(depth, experts_IKD, places, moments) -> AsOf: the readings' experts through all layers."""
 
     def __init__(self, tower: CausalTower):
         super().__init__()
         self.tower = [tower]
 
-    def forward(self, depth: Depth, experts_IKD: torch.Tensor, places: Places) -> AsOf:
+    def forward(self, depth: Depth, experts_IKD: torch.Tensor, places: Places, moments: Moments) -> AsOf:
         tower = self.tower[0]
         aggregates = [tower.first, *tower.stack.aggregates]
         means = [
@@ -132,7 +145,7 @@ class Reader(nn.Module):
         rows_XD = torch.cat([depth.tokens_TD, experts_IKD.mean(1).to(depth.tokens_TD.dtype)])
         own_I = torch.arange(places.newest_I.numel(), device=rows_XD.device) + depth.tokens_TD.shape[0]
         newest_ID = rows_XD.index_select(0, torch.where(places.sees_I, places.newest_I, own_I))
-        return AsOf(norm(experts_IKD), mix(norm(newest_ID)), means[0])
+        return AsOf(norm(experts_IKD), mix(norm(newest_ID)), moments)
 
 
 class AsOfTower(CausalTower):
@@ -142,7 +155,7 @@ class AsOfTower(CausalTower):
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__(config, memory, device=device)
         self.place, self.split = Placer(), Splitter()
-        self.widen, self.reader = Widener(self.first), Reader(self)
+        self.widen, self.reader, self.moments_at = Widener(self.first), Reader(self), MomentsAt(self.moments)
 
     def forward(
         self,
@@ -154,10 +167,11 @@ class AsOfTower(CausalTower):
     ) -> AsOf:
         timeline = self.timeline(offsets_B1, times_s_T, None)
         places = self.place(timeline, user_I, ends_I)
+        moments = self.moments_at(self.moments(tokens_TD, timeline), tokens_TD, places)
         tokens_TD = self.gap(tokens_TD, timeline)
         read = self.first(tokens_TD, timeline)
         wide = self.widen(read, timeline, places)
         experts = self.seeds(wide, timeline) if self.memory is None else self.memory(wide, timeline)
         parts = self.split(experts, places)
         depth = self.stack(tokens_TD, parts[0], read, timeline, True)
-        return self.reader(depth, parts[1], places)
+        return self.reader(depth, parts[1], places, moments)

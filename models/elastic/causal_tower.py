@@ -12,9 +12,10 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth, Read
+from elastic_rec.models.elastic.causal_layer import CausalAggregate, CausalStack, Depth
 from elastic_rec.models.elastic.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.memory import CausalSeeds, InterestMemory
+from elastic_rec.models.elastic.moments import Moments, RunningMoments, moments_of
 from elastic_rec.models.elastic.pieces import in_pieces
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.state import Fingerprint, UserState, check_state
@@ -24,15 +25,15 @@ from elastic_rec.models.elastic.timeline import Timeline, num_kept
 class CausalOutput(NamedTuple):
     """interests (B, K, D), normalised, one row per expert, after all events; summary (B, D), the output of the user's
     newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary;
-    pooled (B, K, D), what each expert's running sums of the first layer hold, before seeds and memory are added.
+    moments, of all events (elastic/moments.py).
 
-    A user without any event has the mean of the seeds' interests as its newest event, and zeros pooled.
+    A user without any event has the mean of the seeds' interests as its newest event, and moments of zeros.
     """
 
     interests: torch.Tensor
     summary: torch.Tensor
     tokens: torch.Tensor | None
-    pooled: torch.Tensor
+    moments: Moments
 
 
 class TimelineMaker(nn.Module):
@@ -86,7 +87,7 @@ class CausalSummary(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.mix = nn.Linear(config.width, config.width)
 
-    def forward(self, depth: Depth, pooled_BKD: torch.Tensor, every: bool) -> Summarised:
+    def forward(self, depth: Depth, moments_Brf: torch.Tensor, every: bool) -> Summarised:
         timeline = depth.timeline
         T, offsets_B1 = depth.tokens_TD.shape[0], timeline.offsets_B1
         end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
@@ -98,25 +99,27 @@ class CausalSummary(nn.Module):
         row_B = torch.where(offsets_B1.diff() > 0, offsets_B1[1:] - 1, row_B)
         outputs_XD = self.mix(self.norm(rows_XD))
         tokens_TD = outputs_XD[:T] if every else None
-        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD, pooled_BKD)
+        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD, moments_of(moments_Brf))
         return Summarised(output, rows_XD.index_select(0, row_B))
 
 
-class Pooled(nn.Module):
-    """forward(read, timeline) -> (B, K, D) of CausalOutput; read: the first layer's."""
+class NewestMoments(nn.Module):
+    """forward(sums_Rrf, timeline) -> (B, r+1, D+1), of all events of the users."""
 
-    def forward(self, read: Read, timeline: Timeline) -> torch.Tensor:
-        return read.mean_RKD.index_select(0, timeline.chunks.end_B)
+    def forward(self, sums_Rrf: torch.Tensor, timeline: Timeline) -> torch.Tensor:
+        return sums_Rrf.index_select(0, timeline.chunks.end_B)
 
 
 class StateMaker(nn.Module):
-    """forward(timeline, depth, newest_BD) -> the users' states after the events of the timeline."""
+    """forward(timeline, depth, newest_BD, moments_Brf) -> the users' states after the events of the timeline."""
 
     def __init__(self, chunk: int):
         super().__init__()
         self.chunk = chunk
 
-    def forward(self, timeline: Timeline, depth: Depth, newest_BD: torch.Tensor) -> UserState:
+    def forward(
+        self, timeline: Timeline, depth: Depth, newest_BD: torch.Tensor, moments_Brf: torch.Tensor
+    ) -> UserState:
         state, chunks, chunk = timeline.state, timeline.chunks, self.chunk
         count_B = state.count_B + timeline.offsets_B1.diff()
         kept_B = num_kept(count_B, chunk)
@@ -130,6 +133,7 @@ class StateMaker(nn.Module):
             newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
             times_s_E=timeline.times_s_E,
             layers=[(read.sums.rows(folded_B), read.qkv_E3Hd) for read in depth.reads],
+            moments_Brf=moments_Brf,
             place_BW=place_BW,
             empty_BW=empty_BW,
         )
@@ -152,7 +156,7 @@ class CausalTower(nn.Module):
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else CausalSeeds(config)
         self.stack = CausalStack(config)
-        self.pooled, self.summary = Pooled(), CausalSummary(config)
+        self.moments, self.newest, self.summary = RunningMoments(config), NewestMoments(), CausalSummary(config)
         self.next_state = StateMaker(config.chunk)
         self._fingerprint = Fingerprint(self)
 
@@ -175,8 +179,9 @@ class CausalTower(nn.Module):
         """All events at once; without a state, users start from nothing and none is made."""
         timeline = self.timeline(offsets_B1, times_s_T, state)
         depth = self._depth(tokens_TD, timeline, every)
-        summarised = self.summary(depth, self.pooled(depth.reads[0], timeline), every)
-        return summarised[0], None if state is None else self.next_state(timeline, depth, summarised[1])
+        moments_Brf = self.newest(self.moments(tokens_TD, timeline), timeline)
+        summarised = self.summary(depth, moments_Brf, every)
+        return summarised[0], None if state is None else self.next_state(timeline, depth, summarised[1], moments_Brf)
 
     def _depth(self, tokens_TD: torch.Tensor, timeline: Timeline, every: bool) -> Depth:
         tokens_TD = self.gap(tokens_TD, timeline)

@@ -58,6 +58,13 @@ class TowerConfig:
         default=True,
         metadata={"help": "causal, time not none: each expert learns in which time old events lose half their weight."},
     )
+    moments: int = field(
+        default=0,
+        metadata={
+            "help": "causal: directions in which the covariance of a user's events is kept, for candidates to read; "
+            "0: only the mean."
+        },
+    )
     reads: Reads = field(
         default=Reads.both,
         metadata={
@@ -71,6 +78,10 @@ class TowerConfig:
         for name in ("width", "heads", "layers", "experts", "ffn_multiple", "chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)}: set it to 1 or more")
+        if not 0 <= self.moments <= self.width:
+            raise ValueError(f"model.moments = {self.moments}: set it between 0 and model.width = {self.width}")
+        if self.moments and self.attention is not Attention.causal:
+            raise ValueError(f"model.moments = {self.moments} wants model.attention=causal: set it, or moments = 0")
         if self.width % self.heads:
             nearest = max(self.heads, round(self.width / self.heads) * self.heads)
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from elastic_rec.models.elastic.moments import Moments
 from elastic_rec.models.elastic.state import UserState
 
 if TYPE_CHECKING:
@@ -85,6 +86,6 @@ def in_pieces(
         interests=torch.cat([output.interests for output in outputs]),
         summary=torch.cat([output.summary for output in outputs]),
         tokens=torch.cat(tokens) if every else None,
-        pooled=torch.cat([output.pooled for output in outputs]),
+        moments=Moments(*(torch.cat(part) for part in zip(*(output.moments for output in outputs), strict=True))),
     )
     return joined, None if state is None else UserState.cat(states)

@@ -16,7 +16,7 @@ from torch import nn
 from elastic_rec.models.elastic.config import TowerConfig
 from elastic_rec.models.ops.causal_lda import Partial
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"elastic\0"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -32,6 +32,7 @@ class UserState:
     count_B int64: events so far. clock_s_B int64: time of the newest event in the sums. times_s_BW int64: of the kept.
     max_BLHK float64, norm_BLHK and sum_BLHKd float32: a Partial per layer. Always full precision: what one event adds
     to a long sum is smaller than what a half-precision number resolves.
+    moments_Brf float32: sums of all events, the kept ones too (elastic/moments.py).
     newest_BD float32: the newest event after all layers. kept_BLW2Hd: keys and values of the kept events, in the
     dtype that the state was made with. Unused slots are zeros.
     """
@@ -43,6 +44,7 @@ class UserState:
     max_BLHK: torch.Tensor
     norm_BLHK: torch.Tensor
     sum_BLHKd: torch.Tensor
+    moments_Brf: torch.Tensor
     newest_BD: torch.Tensor
     kept_BLW2Hd: torch.Tensor
 
@@ -63,6 +65,7 @@ class UserState:
             max_BLHK=sums.max_RHK.view(B, L, H, K),
             norm_BLHK=sums.norm_RHK.view(B, L, H, K),
             sum_BLHKd=sums.sum_RHKe.view(B, L, H, K, d),
+            moments_Brf=torch.zeros(B, config.moments + 1, config.width + 1, device=device),
             newest_BD=torch.zeros(B, config.width, device=device),
             kept_BLW2Hd=torch.zeros(B, L, W, 2, H, d, dtype=dtype, device=device),
         )
@@ -100,7 +103,7 @@ class UserState:
             *(torch.cat([getattr(state, name) for state in states]) for name in _tensor_names()),
         )
 
-    def next(self, *, count_B, newest_BD, times_s_E, layers, place_BW, empty_BW) -> UserState:
+    def next(self, *, count_B, newest_BD, times_s_E, layers, moments_Brf, place_BW, empty_BW) -> UserState:
         """layers: per layer its sums (B rows), query, key, value (E, 3, H, d). place_BW: where on E the kept stand."""
         place_X, empty_BLW1 = place_BW.flatten(), empty_BW[:, None, :, None, None, None]
         B, W = place_BW.shape
@@ -118,6 +121,7 @@ class UserState:
             max_BLHK=torch.stack([sums.max_RHK for sums, *_ in layers], dim=1),
             norm_BLHK=torch.stack([sums.norm_RHK for sums, *_ in layers], dim=1).to(self.norm_BLHK.dtype),
             sum_BLHKd=torch.stack([sums.sum_RHKe for sums, *_ in layers], dim=1).to(self.sum_BLHKd.dtype),
+            moments_Brf=moments_Brf.to(self.moments_Brf.dtype),
             newest_BD=newest_BD.to(self.newest_BD.dtype),
             kept_BLW2Hd=kept,
         )

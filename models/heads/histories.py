@@ -15,16 +15,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from elastic_rec.models.elastic.as_of import AsOf, AsOfTower
-from elastic_rec.models.elastic.causal_tower import CausalOutput, CausalTower
+from elastic_rec.models.elastic.as_of import AsOf, AsOfTower, MomentsAt, Placer
+from elastic_rec.models.elastic.causal_tower import CausalOutput, CausalTower, TimelineMaker
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.elastic.moments import Moments, RunningMoments
 from elastic_rec.models.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.elastic.tower import build_tower
 from elastic_rec.models.heads.ranking_config import History, RankingConfig
 from elastic_rec.models.heads.retrieval import PrefixGather
 from elastic_rec.models.heads.target_attention import EventReader
 
-SUMMARY_GRADIENT = 0.1
+SUMMARY_GRADIENT = 0.01
 
 
 class TargetAttention(nn.Module):
@@ -51,6 +52,30 @@ class TargetAttention(nn.Module):
         return self.out(read_CHd.flatten(1))
 
 
+class MomentReader(nn.Module):
+    """A candidate reads the moments of its impression's events, target attention to first order (elastic/moments.py):
+    forward(moments, candidates_CD, impression_C) -> mean + Cov q, (C, D); without directions the mean."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.scale = config.width**-0.5
+        self.query_rD = nn.Parameter(torch.randn(config.moments, config.width) * self.scale) if config.moments else None
+
+    def forward(self, moments: Moments, candidates_CD: torch.Tensor, impression_C: torch.Tensor) -> torch.Tensor:
+        mean_CD = moments.mean.to(candidates_CD.dtype).index_select(0, impression_C)
+        if self.query_rD is None:
+            return mean_CD
+        query_C1r = (F.linear(candidates_CD, self.query_rD) * self.scale)[:, None]
+        covariance_CrD = moments.covariance.to(query_C1r.dtype).index_select(0, impression_C)
+        return mean_CD + (query_C1r @ covariance_CrD).squeeze(1)
+
+    @torch.no_grad()
+    def begin_as(self, running: RunningMoments) -> None:
+        """Untrained, a candidate then reads more of those events that are like it."""
+        if self.query_rD is not None:
+            self.query_rD.copy_(running.key_rD)
+
+
 class VisitOffsets(nn.Module):
     """forward(batch) -> (B+1,) offsets of the visits on the T axis."""
 
@@ -68,26 +93,26 @@ class CausalHistory(nn.Module):
         super().__init__()
         self.offsets = VisitOffsets()
         self.tower = AsOfTower(config, memory, device=device)
-        self.attention, self.pooled = TargetAttention(config), TargetAttention(config)
-        begin_as_means(self.tower, self.attention, self.pooled)
+        self.attention, self.moments = TargetAttention(config), MomentReader(config)
+        begin_as_means(self.tower, self.attention)
+        self.moments.begin_as(self.tower.moments)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         output = self.tower(events_TD, self.offsets(batch), batch.times_s, batch.visit, batch.ends)
         return self.read(output, candidates_CD, batch.impression)
 
     def read(self, output: AsOf | CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
-        """(C, 3, D): what the candidate reads of the interests, what it reads of the pooled events, and the output of
-        the newest event."""
-        # A pooled event's gradient is divided by their number, the newest one's is not, and its item's row is a
-        # candidate's too: taste was learned late (docs/lab-log.md). AdamW does not mind the factor, tables do.
+        """(C, 3, D): what a candidate reads of the interests, of the moments, and the output of the newest event."""
+        # An event's part in a mean has a gradient divided by their number, the newest one's has not, and its item's row
+        # is a candidate's too: taste was learned late (docs/lab-log.md). AdamW does not mind the factor, tables do.
         summary_ID = SUMMARY_GRADIENT * output.summary + (1 - SUMMARY_GRADIENT) * output.summary.detach()
         read_CD = self.attention(output.interests, candidates_CD, impression_C)
-        pooled_CD = self.pooled(output.pooled.to(read_CD.dtype), candidates_CD, impression_C)
-        return torch.stack([read_CD, pooled_CD, summary_ID.index_select(0, impression_C)], dim=1)
+        moments_CD = self.moments(output.moments, candidates_CD, impression_C).to(read_CD.dtype)
+        return torch.stack([read_CD, moments_CD, summary_ID.index_select(0, impression_C)], dim=1)
 
 
 @torch.no_grad()
-def begin_as_means(tower: CausalTower, *attentions: TargetAttention) -> None:
+def begin_as_means(tower: CausalTower, attention: TargetAttention) -> None:
     """Values and what mixes them begin as the identity, seeds small: untrained, a candidate then reads means of events,
     one per expert, in the space of its own vector, in which like and unlike are a product away. From random
     projections a tower learns late whose taste is whose (docs/lab-log.md).
@@ -99,11 +124,27 @@ def begin_as_means(tower: CausalTower, *attentions: TargetAttention) -> None:
         aggregate.qkv.weight[2 * D :] = identity_DD
     for layer in tower.stack.layers:
         layer.mix.weight.copy_(4 * identity_DD)
-    for attention in attentions:
-        attention.key_value.weight[D:] = identity_DD
-        attention.out.weight.copy_(identity_DD)
+    attention.key_value.weight[D:] = identity_DD
+    attention.out.weight.copy_(identity_DD)
     seeds = tower.seeds if tower.memory is None else tower.memory.select.seeds
     seeds.seeds_KD.mul_(0.1)
+
+
+class MomentHistory(nn.Module):
+    """The moments of the events before each impression alone, without the rest of the tower: forward -> (C, 1, D)."""
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.offsets, self.timeline, self.place = VisitOffsets(), TimelineMaker(config.chunk), Placer()
+        self.running, self.reader = RunningMoments(config), MomentReader(config)
+        self.at = MomentsAt(self.running)
+        self.reader.begin_as(self.running)
+
+    def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
+        timeline = self.timeline(self.offsets(batch), batch.times_s, None)
+        places = self.place(timeline, batch.visit, batch.ends)
+        moments = self.at(self.running(events_TD, timeline), events_TD, places)
+        return self.reader(moments, candidates_CD, batch.impression)[:, None]
 
 
 class PrefixHistory(nn.Module):
@@ -147,6 +188,8 @@ def build_history(
         if tower.attention is Attention.causal:
             return CausalHistory(tower, memory, device), 3
         return PrefixHistory(tower, memory, max_history, device), 2
+    if ranking.history is History.moments:
+        return MomentHistory(tower), 1
     if ranking.history is History.none:
         return NoHistory(), 0
     if ranking.history is History.mean:

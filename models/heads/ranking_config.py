@@ -8,6 +8,7 @@ from enum import StrEnum
 
 class History(StrEnum):
     tower = "tower"
+    moments = "moments"
     none = "none"
     mean = "mean"
     din = "din"
@@ -24,9 +25,9 @@ class RankingConfig:
     history: History = field(
         default=History.tower,
         metadata={
-            "help": "who reads the history: tower (model.*: the candidate attends over its K interests), or a peer: "
-            "none, mean (pooling), din (the candidate attends over the newest last_n events), sim (over the top_k of "
-            "them that are nearest to it)"
+            "help": "who reads the history: tower (model.*: the candidate attends over its K interests and reads its "
+            "moments), moments (those alone), or a peer: none, mean (pooling), din (the candidate attends over the "
+            "newest last_n events), sim (over the top_k of them that are nearest to it)"
         },
     )
     last_n: int = field(default=50, metadata={"help": "din, sim: newest events that are looked at"})

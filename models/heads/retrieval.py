@@ -201,6 +201,10 @@ class RetrievalModel(nn.Module):
             ],
             device=torch.device(device or "cpu"),
         )
+        if tower.moments:
+            raise ValueError(
+                f"model.moments = {tower.moments}: candidates read them, in task=ranking; set it to 0 here"
+            )
         self.events = EventEncoder(names, tower.width, tower.dropout)
         self.prefixes = PrefixGather()
         self.windows, self.autocast = windows, autocast
