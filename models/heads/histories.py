@@ -26,6 +26,7 @@ from elastic_rec.models.heads.retrieval import PrefixGather
 from elastic_rec.models.heads.target_attention import EventReader
 
 SUMMARY_GRADIENT = 0.01
+CAUSAL_VIEWS = [slice(0, 3), slice(1, 2)]  # of (interests, moments, summary): all, and the moments alone
 
 
 class TargetAttention(nn.Module):
@@ -182,21 +183,22 @@ class MeanHistory(nn.Module):
 
 def build_history(
     ranking: RankingConfig, tower: TowerConfig, memory: MemoryConfig, *, max_history: int, device=None
-) -> tuple[nn.Module, int]:
-    """(the reader, how many vectors per candidate it gives)."""
+) -> tuple[nn.Module, list[slice]]:
+    """(the reader, its views: which of its vectors per candidate each head sees)."""
     if ranking.history is History.tower:
         if tower.attention is Attention.causal:
-            return CausalHistory(tower, memory, device), 3
-        return PrefixHistory(tower, memory, max_history, device), 2
-    if ranking.history is History.moments:
-        return MomentHistory(tower), 1
+            return CausalHistory(tower, memory, device), CAUSAL_VIEWS
+        return PrefixHistory(tower, memory, max_history, device), [slice(0, 2)]
     if ranking.history is History.none:
-        return NoHistory(), 0
+        return NoHistory(), [slice(0, 0)]
+    one = [slice(0, 1)]
+    if ranking.history is History.moments:
+        return MomentHistory(tower), one
     if ranking.history is History.mean:
-        return MeanHistory(), 1
+        return MeanHistory(), one
     if ranking.history is History.din:
-        return EventReader(tower.width, ranking.last_n), 1
-    return EventReader(tower.width, ranking.last_n, ranking.top_k), 1
+        return EventReader(tower.width, ranking.last_n), one
+    return EventReader(tower.width, ranking.last_n, ranking.top_k), one
 
 
 class QueryGap(nn.Module):

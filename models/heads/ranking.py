@@ -1,12 +1,15 @@
 """Ranking: candidates shown to a user at a moment, scored for each label (click, like, ...).
 
 Legend: B visits, T their events end to end, I impressions, C candidates of all impressions, L labels, D width,
-V vectors per candidate, X = V*D.
+V vectors per candidate, X = V*D, S heads.
 
     features -> EmbeddingCollection (sharded) -> events (T, D), candidates (C, D)
     events, candidates -> history reader (histories.py) -> (C, F, D)
     bags of impression and item attributes -> EmbeddingBagCollection (sharded) -> (C, n, D)
         all of them, and candidate * what was read -> (C, X) -> DCN-v2 cross ; MLP -> a logit per label -> loss
+
+A reader may have several views of what it read, for a head each: S heads, each trained by itself, their logits
+averaged. The tower has two, all it read and the moments alone: in one head the rest drowns them (docs/lab-log.md).
 
 The batch (feature_store's ImpressionBatch, with one empty bag behind item_context) is taken by its fields. A user's
 events are embedded and encoded once, however many impressions and candidates he has in the batch. `RankingModel` owns
@@ -100,11 +103,28 @@ class LabelHeads(nn.Module):
         return (self.dropout(torch.cat([cross_CLX, shared_CLh], -1)) * self.out).sum(-1) + self.bias
 
 
+class Heads(nn.Module):
+    """forward(what Together takes) -> logits (S, C, L): a head for each view of what the reader read.
+
+    num_others: vectors per candidate beside those and their products."""
+
+    def __init__(self, config: RankingConfig, views: list[slice], num_others: int, width: int, num_labels: int):
+        super().__init__()
+        self.views, self.together = views, Together()
+        sizes = [num_others + 2 * (view.stop - view.start) for view in views]
+        self.heads = nn.ModuleList(LabelHeads(config, size * width, num_labels) for size in sizes)
+
+    def forward(self, candidates_CD, history_CFD, *rest) -> torch.Tensor:
+        x_SCX = [self.together(candidates_CD, history_CFD[:, view], *rest) for view in self.views]
+        return torch.stack([head(x_CX) for head, x_CX in zip(self.heads, x_SCX, strict=True)])
+
+
 class RankingLoss(nn.Module):
-    """forward(logits_CL, batch) -> (loss, loss per label without graph (L,), loss without graph).
+    """forward(logits_SCL, batch) -> (loss, loss per label without graph (L,), loss without graph).
 
     sum over labels of label_weight · (sum of weight · cross entropy + pairwise · pairs) / normaliser. pairs: for each
-    impression the mean of log(1 + e^(negative - positive)), counted as often as it has labelled candidates.
+    impression the mean of log(1 + e^(negative - positive)), counted as often as it has labelled candidates. The mean
+    over heads.
     """
 
     def __init__(self, config: RankingConfig, num_labels: int):
@@ -117,12 +137,14 @@ class RankingLoss(nn.Module):
         self.register_buffer("weights_L", torch.tensor(weights), persistent=False)
         self.pairwise = config.pairwise
 
-    def forward(self, logits_CL: torch.Tensor, batch) -> tuple[torch.Tensor, ...]:
-        logits_CL = logits_CL.float()
-        entropy_CL = F.binary_cross_entropy_with_logits(logits_CL, batch.labels, reduction="none")
-        sum_L = (batch.label_weights * entropy_CL).sum(0)
+    def forward(self, logits_SCL: torch.Tensor, batch) -> tuple[torch.Tensor, ...]:
+        logits_SCL = logits_SCL.float()
+        labels_SCL = batch.labels.expand_as(logits_SCL)
+        entropy_SCL = F.binary_cross_entropy_with_logits(logits_SCL, labels_SCL, reduction="none")
+        sum_L = (batch.label_weights * entropy_SCL.mean(0)).sum(0)
         if self.pairwise:
-            sum_L = sum_L + self.pairwise * pair_loss(logits_CL, batch)
+            pairs_SL = torch.stack([pair_loss(logits_CL, batch) for logits_CL in logits_SCL])
+            sum_L = sum_L + self.pairwise * pairs_SL.mean(0)
         loss_L = sum_L / batch.normaliser
         loss = (self.weights_L * loss_L).sum()
         return loss, loss_L.detach(), loss.detach()
@@ -193,10 +215,9 @@ class RankingModel(nn.Module):
         self.item_context = _bags(item_context, width, init_fn, device)
         self.events = RatedEvents(names, width, tower.dropout)
         self.candidates = Candidates(width)
-        self.history, vectors = build_history(ranking, tower, memory, max_history=max_history, device=device)
-        self.gap, self.together = QueryGap(width), Together()
-        num_vectors = 1 + 2 * vectors + 1 + len(context) + len(item_context)
-        self.heads = LabelHeads(ranking, num_vectors * width, num_labels)
+        self.history, views = build_history(ranking, tower, memory, max_history=max_history, device=device)
+        self.gap = QueryGap(width)
+        self.heads = Heads(ranking, views, 1 + 1 + len(context) + len(item_context), width, num_labels)
         self.loss = RankingLoss(ranking, num_labels)
         self.autocast = autocast
 
@@ -206,14 +227,15 @@ class RankingModel(nn.Module):
         return getattr(self.history, "tower", None)
 
     def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        logits_CL = self.logits(batch)
-        loss = self.loss(logits_CL, batch)
-        return loss[0], (logits_CL, loss[1], loss[2])
+        logits_SCL = self.logits(batch)
+        loss = self.loss(logits_SCL, batch)
+        return loss[0], (logits_SCL.mean(0), loss[1], loss[2])
 
     def score(self, batch) -> torch.Tensor:
-        return self.logits(batch).float()
+        return self.logits(batch).float().mean(0)
 
     def logits(self, batch) -> torch.Tensor:
+        """(S, C, L)"""
         embedded = self.embeddings(batch.features)
         context = None if self.context is None else self.context(batch.context)
         item_context = None if self.item_context is None else self.item_context(batch.item_context)
@@ -221,8 +243,7 @@ class RankingModel(nn.Module):
             candidates_CD = self.candidates(embedded)
             history_CFD = self.history(self.events(embedded), candidates_CD, batch)
             gap_C1D = self.gap(batch)
-            x_CX = self.together(candidates_CD, history_CFD, gap_C1D, context, item_context, batch)
-            return self.heads(x_CX)
+            return self.heads(candidates_CD, history_CFD, gap_C1D, context, item_context, batch)
 
 
 def _bags(tables: list[EventTable], width: int, init_fn, device) -> EmbeddingBagCollection | None:

@@ -17,8 +17,8 @@ import torch
 
 from elastic_rec.models.elastic.config import Attention
 from elastic_rec.models.elastic.state import UserState
-from elastic_rec.models.heads.histories import CausalHistory
-from elastic_rec.models.heads.ranking import LabelHeads
+from elastic_rec.models.heads.histories import CAUSAL_VIEWS, CausalHistory
+from elastic_rec.models.heads.ranking import Heads
 from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.models.heads.target_attention import EventReader
 from elastic_rec.pipeline.allocator import keep_freed_memory
@@ -28,7 +28,6 @@ from elastic_rec.pipeline.benchmarks.record import Record
 from elastic_rec.pipeline.benchmarks.streaming import draw_events
 from elastic_rec.pipeline.errors import ConfigError
 
-VECTORS = 8  # per candidate, as RankingModel puts them together: itself, three read, their products, the gap
 CALLS = 4  # in a sample
 
 
@@ -63,12 +62,12 @@ def measure(config: BenchmarkConfig, *, say: Callable[[str], None]) -> list[Cell
     torch.manual_seed(config.seed)
     history = CausalHistory(config.model, config.memory).eval()
     din = EventReader(width, last_n=suite.events).eval()
-    heads = LabelHeads(RankingConfig(), VECTORS * width, num_labels=1).eval()
+    heads = Heads(RankingConfig(), CAUSAL_VIEWS, num_others=2, width=width, num_labels=1).eval()
     calls: dict[tuple[str, int, int], list[Callable[[], object]]] = {}
     for candidates in suite.candidates:
         calls["tower", suite.events, candidates] = [_tower_call(config, history, candidates)] * CALLS
         calls["din", suite.events, candidates] = [_din_call(config, din, candidates)] * CALLS
-        calls["heads", 0, candidates] = [_heads_call(heads, candidates)] * CALLS
+        calls["heads", 0, candidates] = [_heads_call(heads, candidates, width)] * CALLS
     for events in suite.state_events:
         states = _states(config, history, events)
         for candidates in (suite.candidates[0], suite.candidates[-1]):
@@ -115,9 +114,14 @@ def _din_call(config: BenchmarkConfig, din: EventReader, candidates: int) -> Cal
     return lambda: din(tokens_TD, candidates_CD, batch)
 
 
-def _heads_call(heads: LabelHeads, candidates: int) -> Callable[[], object]:
-    x_CX = torch.randn(candidates, heads.norm.normalized_shape[0])
-    return lambda: heads(x_CX)
+def _heads_call(heads: Heads, candidates: int, width: int) -> Callable[[], object]:
+    read_C3D, rest = torch.randn(candidates, 3, width), _rest(candidates, width)
+    return lambda: heads(rest[0], read_C3D, *rest[1:])
+
+
+def _rest(candidates: int, width: int) -> tuple:
+    """What heads see beside what was read: candidates, gap; no attributes, hence no batch."""
+    return torch.randn(candidates, width), torch.randn(candidates, 1, width), None, None, None
 
 
 def _states(config: BenchmarkConfig, history: CausalHistory, events: int) -> list[UserState]:
@@ -133,17 +137,15 @@ def _states(config: BenchmarkConfig, history: CausalHistory, events: int) -> lis
 
 
 def _state_call(
-    config: BenchmarkConfig, history: CausalHistory, heads: LabelHeads, state: UserState, candidates: int
+    config: BenchmarkConfig, history: CausalHistory, heads: Heads, state: UserState, candidates: int
 ) -> Callable[[], object]:
     """Interests out of a state, then attention, cross network and MLP."""
     width = config.model.width
-    candidates_CD, impression_C = torch.randn(candidates, width), torch.zeros(candidates, dtype=torch.int64)
-    rest_CX = torch.randn(candidates, (VECTORS - 3) * width)
+    rest, impression_C = _rest(candidates, width), torch.zeros(candidates, dtype=torch.int64)
     nothing = (torch.zeros(0, width), torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
     def call() -> torch.Tensor:
         output, _ = history.tower.step(*nothing, state, False)
-        read_CFD = history.read(output, candidates_CD, impression_C)
-        return heads(torch.cat([read_CFD.flatten(1), rest_CX], dim=1))
+        return heads(rest[0], history.read(output, rest[0], impression_C), *rest[1:])
 
     return call
