@@ -87,6 +87,18 @@ def test_a_candidate_reads_target_attention_to_first_order():
     assert errors[0] < 1e-2 * size_of(events_ND) and errors[1] < 0.02 * errors[0]
 
 
+def test_candidates_of_one_impression_read_what_they_read_among_others():
+    torch.manual_seed(0)
+    reader = MomentReader(TowerConfig(width=D, moments=RANK, attention="causal"))
+    both = Moments(torch.randn(2, D), torch.randn(2, RANK, D))
+    candidates_CD, impression_C = torch.randn(9, D), torch.tensor([1] * 4 + [0] * 5)
+    together_CD = reader(both, candidates_CD, impression_C)
+    for number, rows in ((1, slice(0, 4)), (0, slice(4, 9))):
+        alone = Moments(*(part[number : number + 1] for part in both))
+        got = reader(alone, candidates_CD[rows], torch.zeros_like(impression_C[rows]))
+        torch.testing.assert_close(got, together_CD[rows])
+
+
 def size_of(x: torch.Tensor) -> float:
     return float(x.abs().max())
 

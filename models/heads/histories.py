@@ -66,9 +66,11 @@ class MomentReader(nn.Module):
         mean_CD = moments.mean.to(candidates_CD.dtype).index_select(0, impression_C)
         if self.query_rD is None:
             return mean_CD
-        query_C1r = (F.linear(candidates_CD, self.query_rD) * self.scale)[:, None]
-        covariance_CrD = moments.covariance.to(query_C1r.dtype).index_select(0, impression_C)
-        return mean_CD + (query_C1r @ covariance_CrD).squeeze(1)
+        query_Cr = F.linear(candidates_CD, self.query_rD) * self.scale
+        covariance_IrD = moments.covariance.to(query_Cr.dtype)
+        if len(covariance_IrD) == 1:  # one request: its matrix need not be copied for each candidate
+            return mean_CD + query_Cr @ covariance_IrD[0]
+        return mean_CD + torch.bmm(query_Cr[:, None], covariance_IrD.index_select(0, impression_C)).squeeze(1)
 
     @torch.no_grad()
     def begin_as(self, running: RunningMoments) -> None:
