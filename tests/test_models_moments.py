@@ -58,6 +58,17 @@ def test_gradients_of_moments_run_through_states():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 
+def test_a_broken_user_breaks_no_other():
+    tower = make_tower(layers=1, moments=RANK)
+    tokens_TD, offsets_B1, times_s_T = events([5, 6])
+    with torch.no_grad():
+        clean = tower(tokens_TD, offsets_B1, times_s_T).moments
+        tokens_TD[:5] = torch.nan
+        got = tower(tokens_TD, offsets_B1, times_s_T).moments
+    assert got.mean[0].isnan().all() and torch.equal(got.mean[1], clean.mean[1])
+    assert torch.equal(got.covariance[1], clean.covariance[1])
+
+
 def test_long_histories_keep_their_precision():
     tower = make_tower(layers=1, moments=RANK, chunk=32).eval()
     batch = events([100_000])

@@ -45,21 +45,22 @@ class RunningMoments(nn.Module):
         wide = torch.promote_types(torch.float32, tokens_XCD.dtype)
         with torch.autocast(tokens_XCD.device.type, enabled=False):
             counts_XC1 = counts_XC[..., None].to(wide)
-            value_XCD = tokens_XCD.to(wide) * counts_XC1
+            value_XCD = tokens_XCD.to(wide).masked_fill(~counts_XC[..., None], 0.0)
             key_XCr = counts_XC1
             if self.key_rD is not None:
                 key_XCr = torch.cat([F.linear(value_XCD, self.key_rD.to(wide)), counts_XC1], dim=-1)
-            return torch.bmm(key_XCr.transpose(1, 2), torch.cat([value_XCD, counts_XC1], dim=-1))
+            key_XrC = key_XCr.transpose(1, 2)
+            return torch.cat([torch.bmm(key_XrC, value_XCD), torch.bmm(key_XrC, counts_XC1)], dim=-1)
 
     def forward(self, tokens_TD: torch.Tensor, timeline: Timeline) -> torch.Tensor:
         tiles, D = timeline.chunks.tiles, tokens_TD.shape[1]
         counts_NC, start_Brf = tiles.valid_NC, None
         if timeline.state is not None:
             kept_BW = timeline.state.times_s_BW
-            start_Brf, new_T = timeline.state.moments_Brf, tokens_TD.new_ones(tokens_TD.shape[0])
-            is_new_E = timeline.join(torch.zeros_like(kept_BW, dtype=new_T.dtype), new_T)
+            start_Brf, new_T = timeline.state.moments_Brf, counts_NC.new_ones(tokens_TD.shape[0])
+            is_new_E = timeline.join(torch.zeros_like(kept_BW, dtype=torch.bool), new_T)
             tokens_TD = timeline.join(tokens_TD.new_zeros(*kept_BW.shape, D), tokens_TD)
-            counts_NC = counts_NC * is_new_E.index_select(0, tiles.token_NC).view(counts_NC.shape)
+            counts_NC = counts_NC & is_new_E.index_select(0, tiles.token_NC).view(counts_NC.shape)
         tokens_NCD = tokens_TD.index_select(0, tiles.token_NC).view(*counts_NC.shape, D)
         sums_Nrf = self.sums(tokens_NCD, counts_NC)
         if start_Brf is None:
