@@ -234,6 +234,21 @@ def test_loss_is_the_weighted_sum_over_labels_and_pairs(store, sharing):
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_a_head_sees_the_moments_alone_is_trained_by_itself_and_the_logits_are_averaged(store):
+    model, batch = make_model(store, "tower").eval(), batches(store)[0]
+    with torch.no_grad():
+        logits_SCL = model.logits(batch)
+        torch.testing.assert_close(model.score(batch), logits_SCL.mean(0))
+        each = [model.loss(logits_CL[None], batch)[0] for logits_CL in logits_SCL]
+        torch.testing.assert_close(model(batch)[0], sum(each) / 2)
+        model.history.attention.out.weight.mul_(2.0)
+        model.history.tower.summary.mix.weight.mul_(2.0)
+        changed_SCL = model.logits(batch)
+        assert not torch.equal(changed_SCL[0], logits_SCL[0]) and torch.equal(changed_SCL[1], logits_SCL[1])
+        model.history.moments.query_rD.mul_(2.0)
+        assert not torch.equal(model.logits(batch)[1], logits_SCL[1])
+
+
 def test_wrong_number_of_label_weights_is_refused(store):
     with pytest.raises(ValueError, match="1 numbers, the impressions 2 labels"):
         make_model(store, "none", label_weights=[1.0])
