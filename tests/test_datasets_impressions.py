@@ -64,6 +64,9 @@ def test_movielens_as_ranking(tmp_path):
     assert sum(len(b.rows) for b in batches) == len(requests)
     labels = np.concatenate([b.labels[:, 0] for b in batches])
     assert len(labels) == 100_000 and labels.sum() == sum(r >= 4 for r in events["rating"])
+    graded = np.concatenate([b.labels for b in batches])
+    for column, lowest in enumerate((4, 5, 3)):  # liked, loved, passable
+        assert graded[:, column].sum() == sum(r >= lowest for r in events["rating"])
     rating = store.vocabulary("rating")
     for b in batches[:3]:
         assert b.context["gender"].values.min() >= 2 and set(b.item_context) == {"genres", "release_year"}
