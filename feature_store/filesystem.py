@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from elastic_rec.feature_store.atomic_write import sync, write_bytes
 from elastic_rec.feature_store.errors import DataError
 
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -116,14 +117,7 @@ class Location:
             with self.filesystem.open_output_stream(self.path) as file:
                 file.write(content)
             return
-        path = Path(self.path)
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
+        write_bytes(Path(self.path), content)
 
     def receive(self, file: Path) -> None:
         """Moves a finished local file here; on the local disk by a rename, so within one disk."""
@@ -131,7 +125,7 @@ class Location:
             target = Path(self.path)
             target.parent.mkdir(exist_ok=True)
             file.rename(target)
-            sync_folder(target.parent)
+            sync(target.parent)
         else:
             pafs.copy_files(str(file), self.path, destination_filesystem=self.filesystem)
             file.unlink()
@@ -186,13 +180,6 @@ def find_files(pattern: str) -> list[Location]:
     wild = next((i for i, part in enumerate(parts) if WILDCARD.search(part)), len(parts))
     root = open_location("/".join(parts[:wild]))
     return [file for file in root.files() if _matches(file.url.split("/")[wild:], parts[wild:])]
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and deletions in a local folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _matches(path: list[str], pattern: list[str]) -> bool:

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import Location, open_location, sync_folder
+from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.manifest import (
     MANIFEST,
@@ -33,7 +34,7 @@ from elastic_rec.feature_store.manifest import (
 from elastic_rec.feature_store.staging import lock_folder
 
 SCRATCH = ".append"
-_OURS = re.compile(r"bucket=\d+/[^/]+\.parquet|vocab/[^/]+\.parquet|manifest[^/]*\.json\.tmp")
+_OURS = re.compile(r"bucket=\d+/[^/]+\.parquet|vocab/[^/]+\.parquet|\.manifest[^/]*\.json\.tmp")
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def compact(config: IngestConfig) -> dict:
         for number in old:  # manifests first: at no moment does one name a file that is gone
             generation_path(root, number).delete()
         if root.is_local:
-            sync_folder(Path(root))
+            sync(Path(root))
         named = _named_files(root)
         deleted = [path for path in _data_files(root) if path.below(root) not in named]
         freed = sum(root.sizes([path.below(root) for path in deleted]))

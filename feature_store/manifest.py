@@ -18,8 +18,9 @@ import os
 import re
 from pathlib import Path
 
+from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import Location, open_location, sync_folder
+from elastic_rec.feature_store.filesystem import Location, open_location
 
 MANIFEST = "manifest.json"
 FORMAT = "elastic-rec-history-store"
@@ -46,7 +47,7 @@ def put_in_place(entries: list[dict], work: Path, root: Location) -> list[dict]:
             (root / path).receive(work / entry["path"])
         moved.append({**entry, "path": path})
     if root.is_local:
-        sync_folder(Path(root))
+        sync(Path(root))
     return moved
 
 

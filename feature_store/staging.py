@@ -14,8 +14,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import Location, open_location, sync_folder
+from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.manifest import MANIFEST, put_in_place, write_manifest
 
 _OURS = re.compile(r"(bucket=\d+|vocab)/[^/]+\.parquet|manifest(-\d{6,})?\.json")
@@ -81,7 +82,7 @@ class LocalStaging:
         finally:
             if old_lock is not None:
                 os.close(old_lock)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
         for leftover in self.out.parent.glob(_escape(self.out.name) + ".old-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 

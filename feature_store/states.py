@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.schema import USER
@@ -137,8 +138,7 @@ class StateWriter:
 
     def commit(self) -> None:
         self._writer.close()
-        with self._aside.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self._aside)
         self.path.receive(self._aside)
 
 

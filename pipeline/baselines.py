@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 
+from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline.task import NextItemTask
@@ -24,15 +26,30 @@ class Baseline(ABC):
         """(R, V) float64 scores given each user's newest item."""
 
     def rank_targets(
-        self, last_R: torch.Tensor, target_R: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor]
+        self, histories: Histories, before_B: np.ndarray, target_B: np.ndarray, *, exclude_seen: bool
+    ) -> np.ndarray:
+        """(B,) int64: 0-based rank of each user's target, given the user's first before_B events. Not collective.
+
+        exclude_seen: items among these events are no candidates, but the target always is one.
+        """
+        offsets = histories.offsets
+        items = np.append(histories.columns["item"], 0)
+        last_B = np.where(before_B > 0, items[offsets[:-1] + before_B - 1], 0)
+        owner = np.repeat(np.arange(len(before_B)), before_B)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(before_B) - before_B, before_B) + offsets[:-1][owner]
+        seen = torch.from_numpy(owner), torch.from_numpy(items[place])
+        return self._ranks(torch.from_numpy(last_B), torch.from_numpy(target_B), seen if exclude_seen else None).numpy()
+
+    def _ranks(
+        self, last_R: torch.Tensor, target_R: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        """0-based rank of each target among the items its user has not seen; (R,) int64. R is one batch."""
         score_RV = self.scores(last_R)
         score_R = score_RV.gather(1, target_R[:, None])
         ids = torch.arange(score_RV.shape[1], device=score_RV.device)
         above = (score_RV > score_R) | ((score_RV == score_R) & (ids < target_R[:, None]))
         above[:, :FIRST] = False
-        above[seen] = False
+        if seen is not None:
+            above[seen] = False
         return above.sum(1)
 
 
@@ -90,8 +107,4 @@ def fit_baselines(task: NextItemTask, *, batch_size: int) -> list[Baseline]:
         pairs.append(items[followed - 1] * task.num_items + items[followed])
     pair_P, pair_count_P = torch.unique(torch.cat(pairs), return_counts=True)
     counts_V[:FIRST] = 0
-    device = task.world.device
-    return [
-        Popularity(counts_V.to(device)),
-        LastItem(counts_V.to(device), pair_P.to(device), pair_count_P.to(device)),
-    ]
+    return [Popularity(counts_V), LastItem(counts_V, pair_P, pair_count_P)]

@@ -8,13 +8,13 @@ python pipeline/benchmark.py suite=ranking device=cpu
 python pipeline/benchmark.py suite=feature_store device=cpu
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 
 import torch
 
+from elastic_rec.feature_store.atomic_write import to_json
 from elastic_rec.pipeline.benchmarks import efficiency, far_back, feature_store, ranking, streaming
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig, Suite
 from elastic_rec.pipeline.errors import ConfigError
@@ -36,7 +36,7 @@ def main(config: BenchmarkConfig) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     figures, missed = SUITES[config.suite](config, device=_device(config.device), out=out, say=_say)
     if config.check and missed:
-        print(json.dumps(figures))
+        print(to_json(figures))
         print("missed: " + "; ".join(missed), flush=True)
         os._exit(1)  # at once: nothing may be printed behind this line
     return figures

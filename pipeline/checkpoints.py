@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
+from elastic_rec.feature_store.atomic_write import write_json
 from elastic_rec.pipeline.errors import CheckpointError
-from elastic_rec.pipeline.files import write_json
 from elastic_rec.pipeline.world import World
 
 MARKER = "complete.json"

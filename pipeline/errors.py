@@ -9,5 +9,5 @@ class CheckpointError(Exception):
     """A checkpoint that is missing, half-written, or was made by another model."""
 
 
-class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite."""
+class NonFiniteError(Exception):
+    """A loss, weight, query, score or logit is NaN or infinite."""

@@ -7,10 +7,10 @@ torchrun --nproc-per-node 2 pipeline/evaluate.py run=runs/ml100k
 from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
+from elastic_rec.feature_store.atomic_write import write_json
 from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import evaluate
-from elastic_rec.pipeline.files import write_json
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.run_folder import load_model

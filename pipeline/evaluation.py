@@ -63,10 +63,10 @@ def evaluate(
                 frequent.update(rank_unseen[counted], length_R[counted])
             top_ids, _ = catalogue.top_k(query_RD, 10, seen)
             coverage.update(top_ids[real])
-            last = last_items(histories, task, stage)
+            before_B, target_B = positions(histories, task, stage), batch.targets.cpu().numpy()
             for baseline, metrics in zip(baselines, others, strict=True):
-                rank_R = baseline.rank_targets(last.to(world.device), batch.targets, seen)
-                metrics.update(rank_R[real], length_R[real])
+                rank_B = baseline.rank_targets(histories, before_B, target_B, exclude_seen=True)
+                metrics.update(torch.from_numpy(rank_B).to(world.device)[real], length_R[real])
     result = {**unseen.compute(), "coverage@10": coverage.compute(), "seen_kept": kept.compute()}
     if min_item_count:
         about = {"min_item_count": min_item_count, "items": int(frequent_V.sum())}
@@ -122,11 +122,3 @@ def seen_pairs(histories: Histories, task: NextItemTask, stage: str) -> tuple[to
     items = torch.from_numpy(histories.columns["item"])
     device = task.world.device
     return owner[keep].to(device), items[keep].to(device)
-
-
-def last_items(histories: Histories, task: NextItemTask, stage: str) -> torch.Tensor:
-    """(B,) the newest item before the held-out one, 0 where there is none."""
-    offsets = torch.from_numpy(histories.offsets)
-    before = torch.from_numpy(positions(histories, task, stage))
-    items = torch.cat([torch.from_numpy(histories.columns["item"]), torch.zeros(1, dtype=torch.int64)])
-    return items[offsets[:-1] + before - 1].where(before > 0, 0)

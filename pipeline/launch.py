@@ -9,7 +9,6 @@ a wrong or unknown config key is Hydra's own message and exit code 1; anything e
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -21,12 +20,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 import elastic_rec.configs
+from elastic_rec.feature_store.atomic_write import to_json
 from elastic_rec.feature_store.datasets import DatasetUnavailable
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteLossError
+from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteError
 
 CONFIG_DIR = str(Path(elastic_rec.configs.__file__).parent.resolve())
-USER_ERRORS = (DataError, ConfigError, CheckpointError, NonFiniteLossError)
+USER_ERRORS = (DataError, ConfigError, CheckpointError, NonFiniteError)
 EXIT_UNAVAILABLE = 3  # a public data set that no source offers right now
 
 
@@ -73,7 +73,7 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
 
 
 def _report(figures: dict[str, Any]) -> None:
-    print(json.dumps(figures, default=str), flush=True)
+    print(to_json(figures), flush=True)
 
 
 def _typed(raw: DictConfig) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from elastic_rec.feature_store.atomic_write import to_json, write_text
 from elastic_rec.pipeline.world import World
 
 SHOWN = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "ne")  # of a validation, on the screen
@@ -30,7 +31,7 @@ class MetricsLog:
         if not self.world.is_main:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
+            file.write(to_json({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
         if self.board:
             for name, value in figures.items():
                 if isinstance(value, int | float):
@@ -41,9 +42,7 @@ class MetricsLog:
         """Drop lines of steps that a resumed run will do again."""
         if self.world.is_main and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(line + "\n" for line in lines))
-            aside.rename(self.path)
+            write_text(self.path, "".join(line + "\n" for line in lines))
 
     def close(self) -> None:
         self.bar.close()

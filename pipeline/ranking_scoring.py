@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
+from elastic_rec.feature_store.atomic_write import write_json
 from elastic_rec.feature_store.decode import Users
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
@@ -35,7 +36,6 @@ from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.files import write_json
 from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
 from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.scoring import commit, lockstep, open_job

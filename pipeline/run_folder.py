@@ -15,9 +15,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import nn
 
+from elastic_rec.feature_store.atomic_write import write_json, write_text
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import CheckpointError, ConfigError
-from elastic_rec.pipeline.files import write_json, write_text
 from elastic_rec.pipeline.optimisers import attach_table_optimisers
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import ParallelConfig, shard

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from elastic_rec.feature_store.atomic_write import atomic_write, write_json
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
@@ -33,7 +34,6 @@ from elastic_rec.feature_store.times import parse_time_s
 from elastic_rec.models.elastic.config import Attention, Time
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs
-from elastic_rec.pipeline.files import write_json
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, TrainConfig
 from elastic_rec.pipeline.task import ALL, NextItemTask, query_windows
@@ -219,6 +219,5 @@ def part_path(out: Path, file: StoreFile) -> Path:
 
 
 def commit(path: Path, table: pa.Table) -> None:
-    aside = path.with_suffix(".tmp")
-    pq.write_table(table, aside, compression="zstd")
-    aside.replace(path)
+    with atomic_write(path) as aside:
+        pq.write_table(table, aside, compression="zstd")

@@ -17,7 +17,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline.checkpoints import Checkpoints
-from elastic_rec.pipeline.errors import NonFiniteLossError
+from elastic_rec.pipeline.errors import NonFiniteError
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import set_step
 from elastic_rec.pipeline.ranking_task import RankingBatch
@@ -247,14 +247,14 @@ class LossWatch:
         self.pending.append((step, loss.detach(), rows))
 
     def check(self) -> float:
-        """Mean loss since the last check. Raises NonFiniteLossError naming the first bad step and its users."""
+        """Mean loss since the last check. Raises NonFiniteError naming the first bad step and its users."""
         if not self.pending:
             return self.last_mean
         losses = torch.stack([loss for _, loss, _ in self.pending]).double().cpu()
         for (step, _, rows), loss in zip(self.pending, losses.tolist(), strict=True):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 users = self.user_ids(rows)
-                raise NonFiniteLossError(
+                raise NonFiniteError(
                     f"loss is {loss} at step {step}; users of this rank's batch: {users}. The last checkpoint is from "
                     "before it: lower optim.dense_lr, optim.table_lr or optim.bank_lr and start again with "
                     "run.resume=true, or look at these users' events"

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline.config_reference import reference
-from elastic_rec.pipeline.errors import NonFiniteLossError
+from elastic_rec.pipeline.errors import NonFiniteError
 from elastic_rec.pipeline.launch import CONFIG_DIR
 from elastic_rec.pipeline.losses import FullCandidates, LossConfig, SampledCandidates
 from elastic_rec.pipeline.metrics_log import MetricsLog
@@ -79,7 +79,7 @@ def test_loss_watch_names_the_first_bad_step_and_its_users():
     watch.add(3, torch.tensor(1.0), torch.tensor([3]))
     watch.add(4, torch.tensor(float("nan")), torch.tensor([40, 41]))
     watch.add(5, torch.tensor(float("nan")), torch.tensor([5]))
-    with pytest.raises(NonFiniteLossError, match=r"nan at step 4; users of this rank's batch: \['user40', 'user41'\]"):
+    with pytest.raises(NonFiniteError, match=r"nan at step 4; users of this rank's batch: \['user40', 'user41'\]"):
         watch.check()
 
 

@@ -152,10 +152,10 @@ def test_baselines_equal_counting():
     popularity, last_item = Popularity(counts), LastItem(counts, pairs, pair_counts)
     targets = torch.tensor([5, 2, 3, 4, 6])
     nobody_last = torch.zeros(5, dtype=torch.int64)
-    assert popularity.rank_targets(nobody_last, targets, nothing).tolist() == [0, 1, 2, 3, 4]
-    assert last_item.rank_targets(torch.full((5,), 2), targets, nothing).tolist() == [2, 3, 0, 1, 4]
-    assert last_item.rank_targets(torch.tensor([5, 5, 3, 0, 2]), torch.tensor([2, 5, 2, 2, 4]), nothing).tolist() == [
+    assert popularity._ranks(nobody_last, targets, nothing).tolist() == [0, 1, 2, 3, 4]
+    assert last_item._ranks(torch.full((5,), 2), targets, nothing).tolist() == [2, 3, 0, 1, 4]
+    assert last_item._ranks(torch.tensor([5, 5, 3, 0, 2]), torch.tensor([2, 5, 2, 2, 4]), nothing).tolist() == [
         0, 1, 1, 1, 1,
     ]  # fmt: skip
     seen = (torch.tensor([0, 0, 1]), torch.tensor([5, 5, 2]))
-    assert popularity.rank_targets(torch.zeros(2, dtype=torch.int64), torch.tensor([3, 3]), seen).tolist() == [1, 1]
+    assert popularity._ranks(torch.zeros(2, dtype=torch.int64), torch.tensor([3, 3]), seen).tolist() == [1, 1]

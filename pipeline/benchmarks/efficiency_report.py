@@ -11,11 +11,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from elastic_rec.feature_store.atomic_write import write_json, write_text
 from elastic_rec.pipeline.benchmarks.config import EfficiencyConfig
 from elastic_rec.pipeline.benchmarks.contestants import CONTESTANTS, ELASTIC, GATHER
 from elastic_rec.pipeline.benchmarks.efficiency_table import Table, figures, short
 from elastic_rec.pipeline.benchmarks.record import Verdict, target_table
-from elastic_rec.pipeline.files import write_json, write_text
 
 LOOKS = {
     "elastic": ("#2a6f97", "o-"),

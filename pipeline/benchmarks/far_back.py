@@ -23,13 +23,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from elastic_rec.feature_store.atomic_write import write_json, write_text
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, Time, TowerConfig
 from elastic_rec.models.elastic.tower import build_tower
 from elastic_rec.models.elastic.windows import WindowedTower
 from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.benchmarks.far_back_set import FarBackConfig, draw
 from elastic_rec.pipeline.benchmarks.machine import describe_machine
-from elastic_rec.pipeline.files import write_json, write_text
 
 SHARE_OF_BAYES = 0.9  # what ELASTIC has to reach at every distance
 ELASTIC = "ELASTIC causal"

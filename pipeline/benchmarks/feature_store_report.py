@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from elastic_rec.feature_store.atomic_write import write_json, write_text
 from elastic_rec.pipeline.benchmarks.record import Record, Verdict, target_table
 from elastic_rec.pipeline.benchmarks.store_config import StoreBenchmarkConfig
-from elastic_rec.pipeline.files import write_json, write_text
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from elastic_rec.feature_store.atomic_write import write_json, write_text
 from elastic_rec.pipeline.benchmarks.config import StreamingTargets
 from elastic_rec.pipeline.benchmarks.record import Record, Verdict, target_table
-from elastic_rec.pipeline.files import write_json, write_text
 
 
 @dataclass
