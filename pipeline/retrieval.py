@@ -107,6 +107,15 @@ class ShardedCatalogue:
         return score_Q
 
 
+def tie_order(ids: torch.Tensor) -> torch.Tensor:
+    """int64 ids -> int64 in [0, 2^32), a bijection on them (MurmurHash3's 32-bit finaliser): the order among equal
+    scores. Ids are in order of falling count, so the ids' own order would favour popular items."""
+    h = ids & LOW_32
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & LOW_32
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & LOW_32
+    return h ^ (h >> 16)
+
+
 def sort_key(score: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """(score float32, id < 2^31) -> int64 that sorts by score, then by smaller id: a top-k without ties."""
     bits = (score.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0 here, too

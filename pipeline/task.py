@@ -98,6 +98,11 @@ class NextItemTask:
         for histories in self._reader(batch_size, shuffle=False).epoch(0):
             yield histories, self._batches(histories, stage)
 
+    def histories(self, *, batch_size: int) -> Iterator[Histories]:
+        """All users once, in a fixed order, each rank its share of a global batch of batch_size users."""
+        for histories in self._reader(batch_size, shuffle=False).epoch(0):
+            yield self.known(histories)
+
     def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:
         """The users of one store file, for scoring."""
         for histories in self._reader(batch_size, shuffle=False).file_histories(file_index, batch_size):

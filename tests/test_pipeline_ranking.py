@@ -1,4 +1,4 @@
-"""Ranking against a sharded catalogue, metrics and baselines: each held to a few boring lines of NumPy."""
+"""Ranking against a sharded catalogue, and metrics: each held to a few boring lines of NumPy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from elastic_rec.pipeline import retrieval
-from elastic_rec.pipeline.baselines import LastItem, Popularity
 from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
 from elastic_rec.pipeline.world import World, start_world
 
@@ -142,20 +141,3 @@ def test_coverage_counts_distinct_items(world):
     coverage.update(torch.tensor([[2, 3], [3, -1]]))
     coverage.update(torch.tensor([[2, 5]]))
     assert coverage.compute() == pytest.approx(3 / 10)
-
-
-def test_baselines_equal_counting():
-    """Transitions 2->3 twice, 2->4 once, 5->2 once; counts decide between items that never followed."""
-    counts = torch.tensor([9.0, 9, 3, 2, 1, 4, 0])  # ids 0 and 1 are never candidates
-    pairs, pair_counts = torch.unique(torch.tensor([2 * 7 + 3, 2 * 7 + 4, 2 * 7 + 3, 5 * 7 + 2]), return_counts=True)
-    nothing = (torch.empty(0, dtype=torch.int64),) * 2
-    popularity, last_item = Popularity(counts), LastItem(counts, pairs, pair_counts)
-    targets = torch.tensor([5, 2, 3, 4, 6])
-    nobody_last = torch.zeros(5, dtype=torch.int64)
-    assert popularity._ranks(nobody_last, targets, nothing).tolist() == [0, 1, 2, 3, 4]
-    assert last_item._ranks(torch.full((5,), 2), targets, nothing).tolist() == [2, 3, 0, 1, 4]
-    assert last_item._ranks(torch.tensor([5, 5, 3, 0, 2]), torch.tensor([2, 5, 2, 2, 4]), nothing).tolist() == [
-        0, 1, 1, 1, 1,
-    ]  # fmt: skip
-    seen = (torch.tensor([0, 0, 1]), torch.tensor([5, 5, 2]))
-    assert popularity._ranks(torch.zeros(2, dtype=torch.int64), torch.tensor([3, 3]), seen).tolist() == [1, 1]
