@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from elastic_rec.feature_store.examples import targets_at
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN
@@ -234,10 +235,8 @@ def _validation_gain(
         if number * batch_size >= FIT_USERS:
             break
         before_B = split_bounds(task.config.data.split, histories).valid
-        target_B = np.append(histories.columns["item"], 0)[
-            np.where(before_B >= 0, histories.offsets[:-1] + before_B, -1)
-        ]
-        counted_B = torch.from_numpy((before_B >= 0) & (target_B > UNKNOWN)).to(device)
+        target_B, _ = targets_at(histories, np.where(before_B >= 0, histories.offsets[:-1] + before_B, -1))
+        counted_B = torch.from_numpy(target_B > UNKNOWN).to(device)
         targets_B = torch.from_numpy(target_B).to(device)
         for tile in tiles(histories, before_B.clip(min=0), len(model.place_V), device):
             target_R, counted_R, markov_RV = targets_B[tile.users], counted_B[tile.users], model.markov(tile)

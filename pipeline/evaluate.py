@@ -27,7 +27,7 @@ def main(config: EvaluateConfig, world: World) -> dict:
     elif config.max_history:
         raise ConfigError(f"max_history={config.max_history}: only for runs with task=ranking; leave it out")
     else:
-        baselines = fit_baselines(task, batch_size=config.batch_size)
+        baselines = fit_baselines(task, batch_size=config.batch_size, exclude_seen=True)
         figures = evaluate(
             task, model, k=config.k, baselines=baselines, min_item_count=config.min_item_count, **settings
         )

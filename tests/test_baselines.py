@@ -6,12 +6,15 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import helpers
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline import baselines
@@ -24,8 +27,9 @@ from elastic_rec.pipeline.world import World, start_world
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return start_world("cpu")
+def world() -> Iterator[World]:
+    yield start_world("cpu")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ class Judge:
         self.counts = Counter(item for items in training for item in items)
         self.next: dict[int, Counter] = defaultdict(Counter)
         for items in training:
-            for first, second in zip(items, items[1:], strict=False):
+            for first, second in pairwise(items):
                 self.next[first][second] += 1
         ids = torch.arange(num_items)
         order = dict(zip(ids.tolist(), tie_order(ids).tolist(), strict=True))
