@@ -163,7 +163,7 @@ def load_model(
     check_tables(task, tables.get("ids", {}))
     checkpoints = Checkpoints(Path(run), world=world)
     step = _choose(checkpoints, checkpoint)
-    checkpoints.progress(step)  # refuse a half-written one before anything is built
+    checkpoints.marker(step)  # refuse a half-written one before anything is built
     model = task.build_model()
     attach_table_optimisers(model, config.optim)  # their kernels hold the tables; nothing is trained
     sharded = shard(model, world=world, config=parallel, seed=config.run.seed)
