@@ -111,6 +111,7 @@ class ScoreFolder:
 
     def _check(self, numbers: Iterable[int]) -> None:
         there = {path.name for path in self.out.iterdir()} - {LOCK} if self.out.exists() else set()
+        there = {name for name in there if not (name.startswith(".") and name.endswith(".tmp"))}  # of killed writes
         if JOB in there:
             check_settings(self.out, self.settings)
             strange = {name for name in there if name.startswith("part-")} - {self.path(n).name for n in numbers}
@@ -185,7 +186,7 @@ def about_part(path: Path, *, read: bool) -> dict[str, Any]:
             about = json.loads((schema.metadata or {}).get(ABOUT, b"{}"))
             rows = sum(len(batch) for batch in file.iter_batches()) if read else file.metadata.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     if about and (rows, _columns(schema)) != (about.get("rows"), about.get("columns")):
         raise DataError(f"{path} is damaged: it has not the rows and columns that it was written with")
     return about

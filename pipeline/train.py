@@ -28,16 +28,20 @@ from elastic_rec.pipeline.world import World
 
 @verb("train", TrainConfig, distributed=True)
 def main(config: TrainConfig, world: World) -> dict:
+    return train(config, world)
+
+
+def train(config: TrainConfig, world: World) -> dict:
     keep_generation(config)
     task = make_task(config, world=world)
     reader = task.train_reader()
     model = task.build_model()
     attach_table_optimisers(model, config.optim)
     with open_run(config, task=task, world=world) as run_dir:
-        return train(config, world, run_dir=run_dir, task=task, reader=reader, model=model)
+        return _train(config, world, run_dir=run_dir, task=task, reader=reader, model=model)
 
 
-def train(
+def _train(
     config: TrainConfig,
     world: World,
     *,

@@ -161,6 +161,7 @@ class Trainer:
     def _save(self) -> None:
         self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
+        self.log.sync()
         self.checkpoints.save(self.model, self.optimiser, saved, best_step=self.progress.best_step)
 
     def _out_of_patience(self) -> bool:
