@@ -55,6 +55,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=1) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, so that they last through a power cut."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writes left in a folder. Nobody may be writing there."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_file():
+            leftover.unlink()
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON, with null for NaN and infinities: JSON has no words for them, and most readers refuse them."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from elastic_rec.feature_store.datasets import DatasetConfig
@@ -59,6 +60,17 @@ class DataConfig:
             raise ValueError(
                 f"data.window={self.window} with data.cuts={self.cuts}: a window has a target behind every event, "
                 "set data.cuts=0, or data.window=0"
+            )
+
+
+def check_local(**folders: str) -> None:
+    """Raises ValueError for a URL where a folder on the local disk is needed. folders: values by key, dots as __."""
+    for name, value in folders.items():
+        if re.match(r"[A-Za-z][\w+.-]*:/", value):
+            key = name.replace("__", ".")
+            raise ValueError(
+                f"{key}={value}: runs, scores and candidates are on the local disk, only stores and raw events may be "
+                "elsewhere: give a local path, and copy"
             )
 
 

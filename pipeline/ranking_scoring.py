@@ -2,14 +2,13 @@
 
     candidates   Parquet: user_id, item_id (a list, or one item), and optionally timestamp (what the user was then: only
                  events before that second count; none: after all his events) and the impressions' context columns
-    OUT/job.json               what is being scored, with what; a rerun with other settings is refused
     OUT/part-00003.parquet     user_id, item_id as they came, and a probability per candidate for each label
-    OUT/manifest.json          written when all parts are there
+                               (the rest: score_folder.py)
 
 A part is a stretch of the input's rows and does not depend on the number of ranks; part p goes to rank p modulo ranks.
 Inside a part rows are taken by user, so that a history is read and encoded once however many rows it has there. Ranks
 walk in lockstep, since tables are sharded: one that has run out takes part with padding. A restart skips the parts
-that are there.
+that are there and whole.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.atomic_write import write_json
+from elastic_rec.feature_store.checked import describe_file
 from elastic_rec.feature_store.decode import Users
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
@@ -37,8 +36,11 @@ from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
+from elastic_rec.pipeline.run_folder import model_fingerprint
 from elastic_rec.pipeline.schema import ScoreConfig
-from elastic_rec.pipeline.scoring import commit, lockstep, open_job
+from elastic_rec.pipeline.score_folder import ScoreFolder
+from elastic_rec.pipeline.scoring import lockstep
+from elastic_rec.pipeline.world import World
 
 
 class Part(NamedTuple):
@@ -50,31 +52,56 @@ class Part(NamedTuple):
     start: int
     stop: int
 
-    def path(self, out: Path) -> Path:
-        return out / f"part-{self.number:05d}.parquet"
-
 
 def score_candidates(task: RankingTask, model: RankingModel, *, step: int, config: ScoreConfig) -> dict:
     """Score config.candidates into config.out. Collective. Returns figures."""
-    out, world, began = Path(config.out), task.world, time.perf_counter()
+    world, began = task.world, time.perf_counter()
     files, parts = _plan(task, config)
     settings = {
         "task": "ranking",
         "run": str(Path(config.run).resolve()),
         "step": step,
         "store": task.store.manifest["hash"],
+        "impressions": task.table.manifest["hash"],
         "max_history": task.config.data.max_history,
-        "candidates": files,
+        "candidates": _described(files, world),
         "part_rows": config.part_rows,
+        "model": model_fingerprint(config.run, step=step, config=task.config, world=world),
     }
-    open_job(out, settings, world)
-    todo = [part for part in parts if not part.path(out).exists()]
-    world.say(f"{len(todo)} parts to score, {len(parts) - len(todo)} done before")
+    numbers = [part.number for part in parts]
+    with ScoreFolder(Path(config.out), settings, world=world).writing(numbers) as folder:
+        whole = folder.whole(numbers)
+        todo = [part for part in parts if part.number not in whole]
+        world.say(f"{len(todo)} parts to score, {len(whole)} done before")
+        counts = _score_parts(task, model, folder, todo, batch_size=config.batch_size)
+        folder.close(numbers, labels=task.table.labels)
+    seconds = time.perf_counter() - began
+    num_candidates, num_unknown, num_cold = counts
+    return {
+        "out": config.out,
+        "rows": sum(part.stop - part.start for part in parts),
+        "parts": len(parts),
+        "skipped_parts": len(whole),
+        "candidates": num_candidates,
+        "unknown_candidates": num_unknown,
+        "rows_without_history": num_cold,
+        "seconds": round(seconds, 2),
+        "candidates_per_s": round(num_candidates / seconds, 1),
+    }
+
+
+def _score_parts(
+    task: RankingTask, model: RankingModel, folder: ScoreFolder, todo: list[Part], *, batch_size: int
+) -> list[int]:
+    """Counts of candidates, unknown ones, and rows without history, over all ranks. Collective."""
+    if todo:
+        folder.begin()
+    world = task.world
     lookup, counts = HistoryLookup(task.store, columns=task.columns), np.zeros(3, np.int64)
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
         rows = None if mine is None else Requests.read(mine, task)
-        users = iter(()) if rows is None else rows.by_user(config.batch_size)
+        users = iter(()) if rows is None else rows.by_user(batch_size)
         for chosen in lockstep(users, world):
             batch = task.padding_batch() if chosen is None else rows.batch(chosen, task, lookup)
             with torch.no_grad():
@@ -82,26 +109,11 @@ def score_candidates(task: RankingTask, model: RankingModel, *, step: int, confi
             if chosen is not None:
                 rows.keep(chosen, score_CL)
         if mine is not None:
-            commit(mine.path(out), rows.scored(task.table.labels))
+            folder.commit(mine.number, rows.scored(task.table.labels))
             counts += rows.counts()
     total = torch.from_numpy(counts).to(world.device)
     dist.all_reduce(total)
-    if world.is_main:
-        about = [{"path": part.path(out).name, "rows": part.stop - part.start} for part in parts]
-        write_json(out / "manifest.json", {"parts": about, "labels": task.table.labels})
-    seconds = time.perf_counter() - began
-    num_candidates, num_unknown, num_cold = total.tolist()
-    return {
-        "out": str(out),
-        "rows": sum(part.stop - part.start for part in parts),
-        "parts": len(parts),
-        "skipped_parts": len(parts) - len(todo),
-        "candidates": num_candidates,
-        "unknown_candidates": num_unknown,
-        "rows_without_history": num_cold,
-        "seconds": round(seconds, 2),
-        "candidates_per_s": round(num_candidates / seconds, 1),
-    }
+    return total.tolist()
 
 
 def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
@@ -127,12 +139,20 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         absent = sorted(set(task.table.context) - set(footer.schema_arrow.names))
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
-        files.append([path.name, path.stat().st_size, footer.metadata.num_rows])
+        files.append([path, path.stat().st_size, footer.metadata.num_rows])
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
                 parts.append(Part(len(parts), path, group, start, min(start + config.part_rows, num_rows)))
     return files, parts
+
+
+def _described(files: list[list], world: World) -> list[list]:
+    """The input files by name, with the sha256 of each; each rank reads its share. Collective."""
+    mine = [describe_file(path)["sha256"] for path, *_ in files[world.rank :: world.size]]
+    everyone: list[list[str]] = [mine] * world.size
+    dist.all_gather_object(everyone, mine)
+    return [[f[0].name, *f[1:], everyone[i % world.size][i // world.size]] for i, f in enumerate(files)]
 
 
 @dataclass

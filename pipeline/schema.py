@@ -13,7 +13,7 @@ from functools import partial
 from elastic_rec.feature_store.increments import LateEvents
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.heads.ranking_config import RankingConfig
-from elastic_rec.pipeline.data_schema import DataConfig
+from elastic_rec.pipeline.data_schema import DataConfig, check_local
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
@@ -59,6 +59,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        check_local(run__dir=self.dir)
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"run.precision={self.precision!r}: set float32, bfloat16 or auto")
         if self.keep_last < 1:
@@ -118,6 +119,7 @@ class EvaluateConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_local(run=self.run)
         if self.stage not in ("test", "valid"):
             raise ValueError(f"stage={self.stage!r}: set test or valid")
         if self.max_history < 0:
@@ -182,6 +184,7 @@ class ScoreConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_local(run=self.run, out=self.out, candidates=self.candidates)
         self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
         self.state_dtype = StateDtype(self.state_dtype)
         if self.part_rows < 1:
@@ -204,3 +207,6 @@ class DemoConfig:
     out: str = field(default="runs/demo", metadata={"help": "folder for store, run, scores and plot; emptied first"})
     ranks: int = field(default=2, metadata={"help": "training and scoring processes"})
     train: list[str] = field(default_factory=list, metadata={"help": "more overrides for train.py"})
+
+    def __post_init__(self) -> None:
+        check_local(out=self.out)

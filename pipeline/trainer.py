@@ -92,7 +92,7 @@ class Trainer:
         while progress.step < self.total_steps and not self._out_of_patience():
             self._train_epoch()
             if progress.batch < self.num_batches:
-                self._save(is_best=False)  # max_steps fell inside the epoch
+                self._save()  # max_steps fell inside the epoch
                 break
             progress.epoch, progress.batch = progress.epoch + 1, 0
             figures = self.validate()
@@ -101,7 +101,7 @@ class Trainer:
             if is_best:
                 progress.best, progress.best_step = figures[self.metric], progress.step
             self.log.write("valid", step=progress.step, epoch=progress.epoch, **figures)
-            self._save(is_best=is_best)
+            self._save()
         if self._out_of_patience():
             self.world.say(f"early stop: no better validation for {optim.patience} epochs")
         return progress
@@ -133,7 +133,7 @@ class Trainer:
                 self._log_steps(watch, source, epoch)
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0 and progress.batch < self.num_batches:
                 watch.check()
-                self._save(is_best=False)
+                self._save()
         watch.check()
         if hasattr(pipeline, "detach"):
             pipeline.detach()
@@ -158,10 +158,11 @@ class Trainer:
             data_wait_share=waited / elapsed,
         )
 
-    def _save(self, *, is_best: bool) -> None:
+    def _save(self) -> None:
         self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
-        self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
+        self.log.sync()
+        self.checkpoints.save(self.model, self.optimiser, saved, best_step=self.progress.best_step)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.optim.patience
