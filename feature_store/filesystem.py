@@ -6,7 +6,7 @@
 
 A local rename is atomic; object stores have none, but a PUT is: a file is there whole or not at all once it is closed.
 So the same rule holds everywhere: data first, under names that nobody reads yet, the manifest last.
-Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), never from a URL: URLs are written down.
+Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), never from a URL (credentials.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from elastic_rec.feature_store.atomic_write import sync, write_bytes
+from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.errors import DataError
 
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -150,10 +151,12 @@ class Location:
 
 
 def open_location(url: str | os.PathLike | Location) -> Location:
-    """A path or URL -> Location, whether or not anything is there. DataError for a scheme without a client."""
+    """A path or URL -> Location, whether or not anything is there. DataError for a scheme without a client, and for a
+    URL with credentials in it."""
     if isinstance(url, Location):
         return url
     text = os.fspath(url)
+    refuse_credentials(text)
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         path = str(Path(rest if separator else text))
@@ -176,6 +179,7 @@ def find_files(pattern: str) -> list[Location]:
     """Files that match a glob (`*`, `?`, `[...]`, `**` for any folders), sorted by path; as glob.glob does locally."""
     if "://" not in pattern:
         return [open_location(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
+    refuse_credentials(pattern)
     parts = pattern.split("/")
     wild = next((i for i, part in enumerate(parts) if WILDCARD.search(part)), len(parts))
     root = open_location("/".join(parts[:wild]))

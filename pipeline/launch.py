@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import elastic_rec.configs
 from elastic_rec.feature_store.atomic_write import to_json
+from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.datasets import DatasetUnavailable
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteError
@@ -77,11 +78,23 @@ def _report(figures: dict[str, Any]) -> None:
 
 
 def _typed(raw: DictConfig) -> Any:
-    """DictConfig -> dataclass; a failed cross-field check in __post_init__ becomes a ConfigError."""
+    """DictConfig -> dataclass; a failed cross-field check in __post_init__ becomes a ConfigError. No URL in it may hold
+    credentials: settings are written into run folders, job files and manifests."""
+    for key, value in strings_of(OmegaConf.to_container(raw, resolve=True)):
+        refuse_credentials(value, key=key)
     try:
         return OmegaConf.to_object(raw)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def strings_of(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of every string in a tree of dicts and lists."""
+    if isinstance(tree, str):
+        yield path, tree
+    elif isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from strings_of(value, f"{path}.{key}".removeprefix("."))
 
 
 def _fail(error: Exception) -> None:
