@@ -69,6 +69,22 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, with its parents, that lasts through a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes everything in a folder last through a power cut, but not the folder's own name."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(inside, name))
+        sync(Path(inside))
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}

@@ -7,11 +7,12 @@ import json
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
-from elastic_rec.feature_store.manifest import MANIFEST, content_hash
+from elastic_rec.feature_store.manifest import MANIFEST, check_sizes, content_hash, named_files
+from elastic_rec.feature_store.manifest_checks import check_impressions
+from elastic_rec.feature_store.own_files import IMPRESSIONS as FOLDER
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST, Vocabulary
 
-FOLDER = "impressions"
 FORMAT = "elastic-rec-impressions"
 VERSION = 1
 _BLOCK = 1 << 20
@@ -33,15 +34,12 @@ def read_manifest(store: Store) -> dict:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error}); {remedy}") from error
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
         raise DataError(f"{path}: not a manifest of impressions, version {VERSION}; {remedy}")
-    if manifest["hash"] != content_hash(manifest):
+    if manifest.get("hash") != content_hash(manifest):
         raise DataError(f"{path}: its hash does not match its content; {remedy}")
-    entries = [*manifest["files"], *manifest["vocabularies"].values(), *filter(None, [manifest["items"]])]
-    for entry, size in zip(entries, path.parent.sizes([entry["path"] for entry in entries]), strict=True):
-        if size != entry["bytes"]:
-            file = path.parent / entry["path"]
-            raise DataError(f"{file}: missing or not of {entry['bytes']} bytes, as its manifest says; {remedy}")
+    check_impressions(manifest, str(path))
+    check_sizes(path.parent, named_files(manifest))
     _check_fits(manifest, store, remedy)
     return manifest
 
