@@ -85,6 +85,13 @@ def filed_generations(root: Location) -> list[int]:
 def read_manifest(root: Location, generation: int | None = None) -> dict:
     """Reads and checks the manifest of a generation (None: the current one, manifest.json) and that every file it
     names is there with the recorded size (DataError)."""
+    manifest = load_manifest(root, generation)
+    check_sizes(root, named_files(manifest))
+    return manifest
+
+
+def load_manifest(root: Location, generation: int | None = None) -> dict:
+    """As read_manifest, whether or not the files are there."""
     filed = filed_generations(root)
     remedy = f"take one of {_listed(filed)}, with ingest mode=rollback generation=N" if filed else "rerun ingest"
     if generation is None or (generation == 0 and not filed):
@@ -101,7 +108,6 @@ def read_manifest(root: Location, generation: int | None = None) -> dict:
             raise DataError(f"{generation_path(root, generation)}: is of generation {manifest['generation']}; {remedy}")
     else:
         raise DataError(f"{root}: no generation {generation}; there are {_listed(filed) or '0 only'}")
-    check_sizes(root, named_files(manifest))
     return manifest
 
 

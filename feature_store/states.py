@@ -33,7 +33,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.schema import USER
 from elastic_rec.feature_store.scratch import lock_folder, scratch_folder
-from elastic_rec.feature_store.store import Store, StoreFile, one_array, open_data_file, read_row_groups
+from elastic_rec.feature_store.store import BROKEN, Store, StoreFile, one_array, open_data_file, read_row_groups
 
 VERSION = 2
 ABOUT = b"elastic-rec-states"
@@ -69,18 +69,20 @@ class StateFile:
     DamagedStates where what is read is not what was written."""
 
     def __init__(self, path: Location) -> None:
-        self.path = path
+        self.path, self.about = path, {}
         try:
             self._file = open_data_file(path)
-        except DataError as error:
-            raise DamagedStates(str(error)) from error
+            schema = self._file.schema_arrow
+        except (*BROKEN, DataError) as error:
+            raise DamagedStates(f"{path}: cannot be opened ({error})") from error
         metadata = self._file.metadata.metadata or {}
         text = metadata.get(ABOUT, b"{}")
-        self.about: dict = {}
         if metadata.get(CHECK) == _crc(text):
             self.about = json.loads(text)
         if self.about.get("version") != VERSION:
             raise DamagedStates(f"{path}: its metadata are damaged, or of another version than {VERSION}")
+        if not schema.equals(_schema(schema.field(0).type, self.about["state_bytes"])):
+            raise DamagedStates(f"{path}: its columns are not those of states")
         self._edges = np.cumsum([0, *self.about["group_users"]])
         self._decoded: tuple[int, np.ndarray] = -1, np.zeros((0, 0), np.uint8)
 
@@ -154,10 +156,7 @@ class StateWriter:
         folder = Path(path.parent) if path.is_local else self._scratch.enter_context(scratch_folder())
         self._aside = aside_of(folder / path.name)
         self._aside.unlink(missing_ok=True)  # another writer may have it open still
-        fields = [pa.field(USER, user_type, nullable=False)]
-        fields += [pa.field(name, pa.int64(), nullable=False) for name in CLOCK]
-        fields += [pa.field(STATE, pa.binary(about["state_bytes"]), nullable=False)]
-        self._schema = pa.schema(fields)
+        self._schema = _schema(user_type, about["state_bytes"])
         self._writer = pq.ParquetWriter(
             self._aside,
             self._schema,
@@ -263,6 +262,11 @@ def _inputs(manifest: dict) -> list[str]:
 
 def _digest(inputs: list[str]) -> str:
     return hashlib.sha256(" ".join(inputs).encode()).hexdigest()
+
+
+def _schema(user_type: pa.DataType, state_bytes: int) -> pa.Schema:
+    types = {USER: user_type, **dict.fromkeys(CLOCK, pa.int64()), STATE: pa.binary(state_bytes)}
+    return pa.schema([pa.field(name, type, nullable=False) for name, type in types.items()])
 
 
 def _crc(text: bytes) -> bytes:

@@ -17,6 +17,8 @@ from elastic_rec.feature_store.manifest import check_digest, named_files, read_m
 from elastic_rec.feature_store.schema import ARROW_TYPES, USER
 from elastic_rec.feature_store.vocabulary import Vocabulary
 
+BROKEN = (pa.ArrowException, OSError, ValueError)  # what PyArrow raises for a file that is missing or damaged
+
 
 @dataclass(frozen=True)
 class StoreFile:
@@ -129,7 +131,7 @@ def open_data_file(path: Location, footer: str | None = None) -> pq.ParquetFile:
             metadata = pq.read_metadata(pa.BufferReader(content))
         remote = not path.is_local
         return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=remote)
-    except (pa.ArrowException, OSError, DataError) as error:
+    except (*BROKEN, DataError) as error:
         raise DataError(
             f"{path}: cannot be opened ({error}); changed, or its generation was deleted by a "
             "compaction, or the store was overwritten: open the store again"
@@ -140,7 +142,7 @@ def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str],
     """file.read_row_groups; what cannot be decoded (a flipped bit, a hole) is a DataError with the file's name."""
     try:
         table = file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+    except BROKEN as error:
         raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); changed, rerun ingest") from error
     expected = sum(file.metadata.row_group(group).num_rows for group in groups)
     if len(table) != expected:  # a page whose header is damaged may be passed over
