@@ -55,6 +55,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=1) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, so that they last through a power cut."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON, with null for NaN and infinities: JSON has no words for them, and most readers refuse them."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
@@ -67,14 +75,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder, with its parents, that lasts through a power cut."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        sync(folder.parent)
 
 
 def sync_tree(folder: Path) -> None:

@@ -6,21 +6,18 @@ python pipeline/verify.py store=stores/mine run=runs/mine scores=runs/mine/score
 Exit code 0 and counts of whole files by kind; or 2, and a line on stderr for each broken file.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from elastic_rec.feature_store.checked import fault_in, read_checked
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.verify import Findings, verify_store
 from elastic_rec.pipeline.data_schema import VerifyConfig
 from elastic_rec.pipeline.launch import verb
 
-MARKER, SCORES = "complete.json", "_manifest.json"
+CHECKPOINT, SCORES = "complete.json", "_manifest.json"
 
 
 @verb("verify", VerifyConfig)
@@ -41,65 +38,44 @@ def main(config: VerifyConfig) -> dict:
 
 
 def verify_run(run: Path, findings: Findings) -> None:
-    """Checks the files of every complete checkpoint; DataError where there is no run."""
-    root = run / "checkpoints"
-    if not root.is_dir():
+    """Checks the marker and the files of every complete checkpoint; DataError where there is no run."""
+    if not (run / "checkpoints").is_dir():
         raise DataError(f"{run}: not a run, it has no folder checkpoints")
-    for marker in sorted(root.glob(f"step-*/{MARKER}")):
+    for marker in sorted(run.glob(f"checkpoints/step-*/{CHECKPOINT}")):
         files: dict[str, dict] = {}
         with findings.about("checkpoints"):
-            files = _entries(marker, "files")
-            if not files:
-                raise DataError(f"{marker}: says nothing of its files; written before checkpoints had digests")
-        for name, entry in files.items():
-            with findings.about("checkpoint_files"):
-                _check_file(marker.parent, name, entry, findings)
+            files = _read(marker, "files")
+        _verify_files(marker.parent, files, "checkpoint_files", findings)
 
 
 def verify_scores(scores: Path, findings: Findings) -> None:
-    """Checks that each part of a finished scoring can be read to its end and has its rows."""
-    manifest, parts = scores / SCORES, []
+    """Checks each part of a finished scoring, and that there are no others."""
+    parts: dict[str, dict] = {}
     with findings.about("score_manifests"):
-        parts = _entries(manifest, "parts")
-    for entry in parts:
-        with findings.about("score_parts"):
-            _check_file(scores, entry["path"], entry, findings)
-            _check_rows(scores / entry["path"], entry)
+        parts = {entry["path"]: entry for entry in _read(scores / SCORES, "parts")}
+    _verify_files(scores, parts, "score_parts", findings)
+    for path in sorted(scores.glob("part-*.parquet")):
+        if parts and path.name not in parts:
+            findings.broken.append(f"{path} is not named by {SCORES}")
 
 
-def _entries(path: Path, key: str) -> list[dict] | dict[str, dict]:
-    """What the JSON file at `path` says of its files."""
+def _verify_files(folder: Path, files: dict[str, dict], kind: str, findings: Findings) -> None:
+    for name, entry in files.items():
+        with findings.about(kind):
+            fault = f"{folder} names files elsewhere: {name}" if Path(name).name != name else ""
+            if fault := fault or fault_in(folder, {name: entry}):
+                raise DataError(fault)
+            findings.counts["bytes"] += entry["bytes"]
+
+
+def _read(path: Path, key: str):
+    """What a checked JSON file says of other files."""
     try:
-        entries = json.loads(path.read_bytes()).get(key, {})
-        named = entries.items() if isinstance(entries, dict) else ((entry["path"], entry) for entry in entries)
-        if all(Path(name).name == name and isinstance(entry, dict) for name, entry in named):
-            return entries
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read ({error!r})") from error
-    raise DataError(f"{path}: names files outside its folder")
-
-
-def _check_file(folder: Path, name: str, entry: dict, findings: Findings) -> None:
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"{path}: missing")
-    size = path.stat().st_size
-    findings.counts["bytes"] += size
-    if size != entry.get("bytes", size):
-        raise DataError(f"{path}: {size} bytes, {entry['bytes']} were written")
-    if "sha256" in entry and open_location(path).digest() != entry["sha256"]:
-        raise DataError(f"{path}: changed since it was written (sha256 differs)")
-
-
-def _check_rows(path: Path, entry: dict) -> None:
-    expected = entry.get("rows", entry.get("users"))
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as part:
-            rows = sum(batch.num_rows for batch in part.iter_batches())
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read to its end ({error})") from error
-    if rows != expected:
-        raise DataError(f"{path}: {rows} rows, its manifest says {expected}")
+        return read_checked(path)[key]
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: the job has not ended, run it again") from error
+    except KeyError as error:
+        raise DataError(f"{path} has no {key}: written by an earlier version") from error
 
 
 if __name__ == "__main__":
