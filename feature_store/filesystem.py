@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from elastic_rec.feature_store.atomic_write import sync, write_bytes
+from elastic_rec.feature_store.atomic_write import make_folder, sync, write_bytes
 from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.errors import DataError
 
@@ -121,15 +121,19 @@ class Location:
         write_bytes(Path(self.path), content)
 
     def receive(self, file: Path) -> None:
-        """Moves a finished local file here; on the local disk by a rename, so within one disk."""
+        """Moves a finished local file here; on the local disk by a rename, so within one disk. The file, its name and
+        its folder last through a power cut. DataError where not all of it arrived elsewhere."""
         if self.is_local:
             target = Path(self.path)
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
+            sync(file)
             file.rename(target)
             sync(target.parent)
-        else:
-            pafs.copy_files(str(file), self.path, destination_filesystem=self.filesystem)
-            file.unlink()
+            return
+        pafs.copy_files(str(file), self.path, destination_filesystem=self.filesystem)
+        if (arrived := self._info().size) != (sent := file.stat().st_size):
+            raise DataError(f"{self.url}: {arrived} of {sent} bytes arrived; run again")
+        file.unlink()
 
     def fetch(self, folder: Path) -> Path:
         """The file on the local disk: itself, or a copy in `folder` under its own name."""

@@ -93,3 +93,14 @@ class DescribeConfig:
         if not self.max_history or min(self.max_history) < 1:
             raise ValueError(f"max_history={self.max_history}: give limits of at least 1 event")
         self.max_history = sorted(set(self.max_history))
+
+
+@dataclass
+class VerifyConfig:
+    store: str = field(default="", metadata={"help": "history store to verify, with its impressions and states"})
+    run: str = field(default="", metadata={"help": "run folder whose checkpoints to verify"})
+    scores: str = field(default="", metadata={"help": "folder of scores to verify"})
+
+    def __post_init__(self) -> None:
+        if not (self.store or self.run or self.scores):
+            raise ValueError("nothing to verify: set store=, run= or scores=")

@@ -7,11 +7,13 @@
 A bucket's part lasts before its states do (score_folder.py). A kill in between leaves the states as they were,
 so that a rerun folds the same events into the same states and writes the same part again. A bucket whose states and
 part reflect today's data file is left alone. Users without new events keep their row of the part, unless the part
-is missing, or the moment that is asked for has moved (model.time=query).
+is missing, or the moment that is asked for has moved (model.time=query). Damaged states are made from the histories
+again.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from torch import nn
 
 from elastic_rec.feature_store.increments import Increments, Span
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.states import StateFile, StateFolder
+from elastic_rec.feature_store.states import DamagedStates, StateFolder
 from elastic_rec.feature_store.store import StoreFile
 from elastic_rec.models.elastic.config import Attention
 from elastic_rec.models.elastic.state import StateError, UserState
@@ -43,7 +45,7 @@ from elastic_rec.pipeline.task import NextItemTask
 
 COUNTS = (
     "users", "new_users", "users_with_new_events", "late_users", "late_events", "reencoded_users", "folded_events",
-    "decoded_events", "read_bytes",
+    "decoded_events", "read_bytes", "remade_buckets",
 )  # fmt: skip
 
 
@@ -111,7 +113,11 @@ class Bucket:
     def __init__(self, job: Job, file: StoreFile, was: dict | None) -> None:
         """was: what is known of its part, None where there is no whole one of this job."""
         self.job, self.file = job, file
-        self.states: StateFile | None = job.folder.open(file)
+        self.states, self.damage = None, None
+        try:
+            self.states = job.folder.open(file)
+        except DamagedStates as error:
+            self.damage = error
         self.about = {"data": file.sha256, "query_time": job.asked_s}
         self.has_states = self.states is not None and self.states.about["data"] == file.sha256
         self.is_done = self.has_states and was is not None and self.about.items() <= was.items()
@@ -119,7 +125,20 @@ class Bucket:
         self.keeps_rows = was is not None and was["data"] in fitting and was["query_time"] == job.asked_s
         self.tables: list[pa.Table] = []
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self) -> Iterator[tuple[Span, np.ndarray]]:
+        """Spans with their users' states (U, S). Where states turn out to be damaged it starts over without them."""
+        try:
+            if self.damage is None:
+                yield from self._spans()
+        except DamagedStates as error:
+            self.damage = error
+        if self.damage is not None:
+            print(f"{self.damage}: the bucket's users are encoded again", file=sys.stderr, flush=True)
+            self.states, self.has_states, self.tables = None, False, []
+            yield from self._spans()
+            self.increments.counts["remade_buckets"] += 1
+
+    def _spans(self) -> Iterator[tuple[Span, np.ndarray]]:
         self.increments = Increments(
             self.job.task.store,
             self.file,
@@ -130,14 +149,14 @@ class Bucket:
             batch_size=self.job.config.batch_size,
         )
         self.writer = None if self.has_states else self.job.folder.writer(self.file)
-        yield from self.increments
+        for span in self.increments:
+            states_US, is_known = np.repeat(self.job.empty_1S, len(span), axis=0), span.state_row_U >= 0
+            if is_known.any():
+                states_US[is_known] = self.states.read(span.state_row_U[is_known])
+            yield span, states_US
 
-    def score(self, span: Span, catalogue: ShardedCatalogue) -> None:
+    def score(self, span: Span, states_US: np.ndarray, catalogue: ShardedCatalogue) -> None:
         """Collective."""
-        is_known = span.state_row_U >= 0
-        states_US = np.repeat(self.job.empty_1S, len(span), axis=0)
-        if is_known.any():
-            states_US[is_known] = self.states.read(span.state_row_U[is_known])
         if span.active_U.any():
             query_AD = self.job.fold(span, states_US)
             histories = self.job.task.known(span.histories)
@@ -196,11 +215,11 @@ def _update_buckets(shared: Job, catalogue: ShardedCatalogue) -> dict[str, int]:
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
         bucket = None if mine is None else Bucket(shared, mine, whole.get(mine.bucket))
-        for span in lockstep(iter(()) if bucket is None else bucket.spans(), world):
-            if span is None:
+        for item in lockstep(iter(()) if bucket is None else bucket.spans(), world):
+            if item is None:
                 sit_out(shared, catalogue)
             else:
-                bucket.score(span, catalogue)
+                bucket.score(*item, catalogue)
         if bucket is not None:
             bucket.commit()
             counts += bucket.increments.counts

@@ -64,9 +64,10 @@ def write_events(path: Path, events: list[Event]) -> str:
 def make_store(folder: Path, events: list[Event], **settings) -> Store:
     folder.mkdir(parents=True, exist_ok=True)
     source = write_events(folder / "events.parquet", events)
-    settings = {"num_buckets": 3, "row_group_events": 60, "threads": 1, **settings}
-    ingest(IngestConfig(input=[source], out=str(folder / "store"), **settings))
-    return Store.open(folder / "store")
+    defaults = {"num_buckets": 3, "row_group_events": 60, "threads": 1, "out": str(folder / "store")}
+    config = IngestConfig(input=[source], **{**defaults, **settings})
+    ingest(config)
+    return Store.open(config.out)
 
 
 def reference_histories(

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +28,7 @@ from elastic_rec.feature_store.cutter import BUCKET
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.schema import ARROW_TYPES, EVENT_ID, TIMESTAMP, USER
+from elastic_rec.feature_store.scratch import scratch_folder
 from elastic_rec.feature_store.sources import open_source
 from elastic_rec.feature_store.spark.session import open_session
 from elastic_rec.feature_store.spark.tasks import (
@@ -85,8 +84,8 @@ class SparkEngine:
 
     def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
         """Reads all files, each in a task of its own; entries as DuckEngine.load_inputs gives them."""
-        with tempfile.TemporaryDirectory(prefix="elastic-rec-") as folder:
-            first = open_source(paths[0], paths[0].fetch(Path(folder)), format=format, columns=columns)
+        with scratch_folder() as folder:
+            first = open_source(paths[0], paths[0].fetch(folder), format=format, columns=columns)
         self._raw_types = {
             role: "int64" if role == "timestamp" or first.kinds[role] == "int64" else "string" for role in self._roles
         }
