@@ -91,10 +91,16 @@ class Checkpoints:
         return complete[-1] if complete else None
 
     def best(self) -> int:
-        """Step of the best checkpoint by validation."""
+        """Step of the best checkpoint by validation; of the newest where no validation has given a figure."""
         pointer = self.root / "best.json"
         if not pointer.exists():
-            raise CheckpointError(f"{self.root} has no best.json: the run has not finished its first validation yet")
+            step = self.latest()
+            if step is None:
+                raise CheckpointError(f"{self.root} has no complete checkpoint yet")
+            self.world.say(
+                f"{self.root}: no validation has given a figure, so best is the newest checkpoint, step {step}"
+            )
+            return step
         return json.loads(pointer.read_text())["step"]
 
     def progress(self, step: int) -> dict[str, Any]:

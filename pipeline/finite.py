@@ -62,7 +62,7 @@ def _tensors(state: Any, prefix: str = "") -> Iterator[tuple[str, int, torch.Ten
     """(name, number of its first row, this rank's part) of each tensor in a nested state."""
     if isinstance(state, dict):
         for key, value in state.items():
-            yield from _tensors(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _tensors(value, ".".join(part for part in (prefix, str(key)) if part))
     elif hasattr(state, "local_shards"):
         for shard in state.local_shards():
             yield prefix, shard.metadata.shard_offsets[0], shard.tensor

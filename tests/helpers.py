@@ -86,6 +86,13 @@ def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"stderr": done.stderr}
 
 
+def output_of(command: list[str]) -> str:
+    """Run a command that must succeed; returns its stdout."""
+    done = subprocess.run(command, capture_output=True, text=True, env=_env(), timeout=300)
+    assert done.returncode == 0, done.stderr[:8000]
+    return done.stdout
+
+
 def fail(verb: str, *overrides: str, ranks: int = 1) -> tuple[int, str]:
     """Run a verb that must fail; returns (exit code, stderr)."""
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Ranking against a sharded catalogue, metrics and baselines: each held to a few boring lines of NumPy."""
+"""Ranking against a sharded catalogue, and metrics: each held to a few boring lines of NumPy."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from elastic_rec.pipeline import retrieval
-from elastic_rec.pipeline.baselines import LastItem, Popularity
-from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
+from elastic_rec.pipeline.metrics import MISS, Coverage, RankingMetrics
 from elastic_rec.pipeline.world import World, start_world
 
 NUM_ITEMS, FIRST, WIDTH = 53, 2, 8
@@ -130,19 +129,28 @@ def test_sort_key_orders_floats_and_inverts():
 
 
 def test_metrics_equal_their_definitions(world):
-    ranks = torch.tensor([0, 4, 5, 9, 10, 99])
-    lengths = torch.tensor([1, 19, 20, 49, 50, 500])
+    ranks = torch.tensor([0, 4, 5, 9, 10, 99, MISS])
+    lengths = torch.tensor([1, 19, 20, 49, 50, 500, 49])
+    kinds = torch.tensor([0, 2, 2, 0, 2, 2, 0])
     metrics = RankingMetrics(k=[5, 10], length_edges=[20, 50], device=world.device)
-    metrics.update(ranks[:2], lengths[:2])
-    metrics.update(ranks[2:], lengths[2:])
+    metrics.update(ranks[:2], lengths[:2], kinds[:2])
+    metrics.update(ranks[2:], lengths[2:], kinds[2:])
     got = metrics.compute()
-    r = ranks.numpy()
-    assert got["users"] == 6
+    r = ranks.double().numpy()
+    r[-1] = np.inf
+    assert got["users"] == 7
     assert got["mrr"] == pytest.approx(np.mean(1 / (r + 1)))
     assert got["hr@5"] == pytest.approx(np.mean(r < 5)) and got["hr@10"] == pytest.approx(np.mean(r < 10))
     assert got["ndcg@10"] == pytest.approx(np.mean(np.where(r < 10, 1 / np.log2(r + 2), 0)))
-    assert {name: part["users"] for name, part in got["by_length"].items()} == {"0-19": 2, "20-49": 2, "50+": 2}
+    assert {name: part["users"] for name, part in got["by_length"].items()} == {"0-19": 2, "20-49": 3, "50+": 2}
     assert got["by_length"]["50+"]["hr@10"] == 0
+    assert list(got["by_target"]) == ["repeat_recent", "new"], "a kind without users is left out"
+    repeat, new = got["by_target"].values()
+    assert (repeat["users"], new["users"]) == (3, 4) and repeat["share"] == pytest.approx(3 / 7)
+    assert repeat["hr@10"] == pytest.approx(2 / 3) and repeat["mrr"] == pytest.approx((1 + 1 / 10) / 3)
+    missed = RankingMetrics(k=[5, 10], length_edges=[20], device=world.device)
+    missed.update(*(torch.tensor([value]) for value in (MISS, 3, 0)))
+    assert missed.compute()["mrr"] == 0
 
 
 def test_coverage_counts_distinct_items(world):
@@ -150,20 +158,3 @@ def test_coverage_counts_distinct_items(world):
     coverage.update(torch.tensor([[2, 3], [3, -1]]))
     coverage.update(torch.tensor([[2, 5]]))
     assert coverage.compute() == pytest.approx(3 / 10)
-
-
-def test_baselines_equal_counting():
-    """Transitions 2->3 twice, 2->4 once, 5->2 once; counts decide between items that never followed."""
-    counts = torch.tensor([9.0, 9, 3, 2, 1, 4, 0])  # ids 0 and 1 are never candidates
-    pairs, pair_counts = torch.unique(torch.tensor([2 * 7 + 3, 2 * 7 + 4, 2 * 7 + 3, 5 * 7 + 2]), return_counts=True)
-    nothing = (torch.empty(0, dtype=torch.int64),) * 2
-    popularity, last_item = Popularity(counts), LastItem(counts, pairs, pair_counts)
-    targets = torch.tensor([5, 2, 3, 4, 6])
-    nobody_last = torch.zeros(5, dtype=torch.int64)
-    assert popularity._ranks(nobody_last, targets, nothing).tolist() == [0, 1, 2, 3, 4]
-    assert last_item._ranks(torch.full((5,), 2), targets, nothing).tolist() == [2, 3, 0, 1, 4]
-    assert last_item._ranks(torch.tensor([5, 5, 3, 0, 2]), torch.tensor([2, 5, 2, 2, 4]), nothing).tolist() == [
-        0, 1, 1, 1, 1,
-    ]  # fmt: skip
-    seen = (torch.tensor([0, 0, 1]), torch.tensor([5, 5, 2]))
-    assert popularity._ranks(torch.zeros(2, dtype=torch.int64), torch.tensor([3, 3]), seen).tolist() == [1, 1]
