@@ -22,6 +22,10 @@ from elastic_rec.pipeline.world import World
 
 @verb("train", TrainConfig, distributed=True)
 def main(config: TrainConfig, world: World) -> dict:
+    return train(config, world)
+
+
+def train(config: TrainConfig, world: World) -> dict:
     keep_generation(config)
     task = make_task(config, world=world)
     prepare(task)

@@ -55,7 +55,7 @@ class Validation:
             if self.baselines is None:
                 self.baselines = self._known() or self._measure()
             figures = evaluate(task, model, **self._settings(task))
-            figures["below_baseline"] = below_baseline(figures[task.metric], self.baselines, task.metric)
+            figures["below_baseline"] = below_baseline(figures.get(task.metric), self.baselines, task.metric)
         return {**figures, **memory_usage(model)}
 
     def verdict(self, best: float | None) -> dict[str, Any]:
