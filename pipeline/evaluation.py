@@ -52,8 +52,9 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         catalogue = open_catalogue(model, world)
-        frequent_V = frequent_items(task, min_item_count)
-        frequent = open_catalogue(model, world, frequent_V)
+        if min_item_count:
+            frequent_V = frequent_items(task, min_item_count)
+            frequent = open_catalogue(model, world, frequent_V)
         for histories, windows in task.held_out(stage, batch_size=batch_size):
             query_RD, _ = query_windows(model, windows, world.device)
             require_finite(query_RD, "the query", row_name=user_namer(task, histories))
