@@ -113,16 +113,21 @@ class Checkpoints:
         return None
 
     def best(self) -> int:
-        """Step of the best checkpoint by validation, as the newest marker that can be read has it."""
+        """Step of the best checkpoint by validation, as the newest marker that can be read has it; of the newest whole
+        checkpoint where no validation has given a figure. Collective."""
         for step in reversed(self.complete_steps()):
             try:
                 best_step = self.marker(step)["best_step"]
             except CheckpointError as error:
                 self.world.say(f"{error}: which checkpoint is best is read from the next older marker")
                 continue
-            if not best_step:
-                raise CheckpointError(f"{self.root}: the run has not finished its first validation yet")
-            return best_step
+            if best_step:
+                return best_step
+            newest = self.latest()
+            self.world.say(
+                f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {newest}"
+            )
+            return newest
         raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
 
     def marker(self, step: int) -> dict[str, Any]:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.splits import SplitConfig
+
+
+class Seen(StrEnum):
+    """What becomes of the items that a user has in the history."""
+
+    keep = "keep"
+    exclude = "exclude"
+    auto = "auto"
 
 
 @dataclass
@@ -36,6 +45,14 @@ class DataConfig:
             "window: memory is bounded by it, whatever max_history is; cuts=0 and causal only. 0: in one pass"
         },
     )
+    seen: Seen = field(
+        default=Seen.auto,
+        metadata={
+            "help": "items of the user's own history in validation, evaluation and scoring. keep: candidates like any "
+            "other. exclude: left out, and a target among them is a miss. auto: exclude where fewer than 5 % of the "
+            "training targets are such repeats"
+        },
+    )
     split: SplitConfig = field(default_factory=SplitConfig, metadata={"help": "how targets are held out"})
     dataset: DatasetConfig = field(default_factory=DatasetConfig, metadata={"help": "where raw events come from"})
     ingest: IngestConfig = field(
@@ -50,6 +67,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        self.seen = Seen(self.seen)
         if self.max_history < 1 or self.cuts < 0:
             raise ValueError(
                 f"data.max_history={self.max_history}, data.cuts={self.cuts}: set at least 1 and at least 0"

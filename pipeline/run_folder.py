@@ -2,6 +2,7 @@
 
 RUN/config.yaml      every setting of the run; its last line is the sha256 of the others
 RUN/tables.json      rows of each embedding table, digests of the ids they stand for, hash of the store's manifest
+RUN/baselines.json   figures of counting baselines on validation
 RUN/checkpoints/, RUN/metrics.jsonl, RUN/tensorboard/, RUN/metrics.json (evaluate)
 RUN/.lock            who trains in it, while they do
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from elastic_rec.feature_store.checked import read_checked, write_checked
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.locks import hold_folder
 from elastic_rec.pipeline.checkpoints import Checkpoints
-from elastic_rec.pipeline.errors import CheckpointError, ConfigError
+from elastic_rec.pipeline.data_schema import Seen
+from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteError
+from elastic_rec.pipeline.finite import require_finite_state
 from elastic_rec.pipeline.launch import strings_of
 from elastic_rec.pipeline.optimisers import attach_table_optimisers
 from elastic_rec.pipeline.schema import TrainConfig
@@ -40,7 +43,7 @@ from elastic_rec.pipeline.world import World
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (
     "task", "model.", "memory.", "loss.", "ranking.", "data.columns", "data.max_history", "data.cuts", "data.window",
-    "data.split.", "data.impression_split.", "optim.global_batch_size", "run.seed", "run.precision",
+    "data.seen", "data.split.", "data.impression_split.", "optim.global_batch_size", "run.seed", "run.precision",
 )  # fmt: skip
 
 
@@ -49,10 +52,14 @@ CONFIG, TABLES, _SIGN = "config.yaml", "tables.json", "# sha256: "
 
 
 def keep_generation(config: TrainConfig) -> None:
-    """Let a resumed run read the store as it was when the run began, whatever has been appended since."""
-    known = Path(config.run.dir) / CONFIG
-    if config.run.resume and config.data.generation is None and known.exists():
-        config.data.generation = read_config(config.run.dir).data.generation
+    """Let a resumed run read the store as it was when the run began, whatever has been appended since, and keep what
+    data.seen=auto came to."""
+    if config.run.resume and (Path(config.run.dir) / CONFIG).exists():
+        was = read_config(config.run.dir).data
+        if config.data.generation is None:
+            config.data.generation = was.generation
+        if config.data.seen is Seen.auto:
+            config.data.seen = was.seen
 
 
 @contextmanager
@@ -151,16 +158,19 @@ def load_model(
     parallel: ParallelConfig,
     store: str = "",
     config: TrainConfig | None = None,
+    check: Callable[[AnyTask], None] = lambda task: None,
 ) -> tuple[AnyTask, nn.Module, int]:
     """Rebuild a run's model on this world and load a checkpoint: "best", "last" or a step number.
 
     store: another than the run's, or the run's in its newest generation. config: the run's, with changes to what does
-    not shape the model. Returns (task, unwrapped sharded model in eval mode, step).
+    not shape the model. check: called with the task before anything is built. Returns (task, unwrapped sharded model
+    in eval mode, step). Raises NonFiniteError for weights that are no numbers.
     """
     config = config or read_config(run)
     tables = read_tables(run)
     task = make_task(config, world=world, store=store, rows=tables["rows"])
     check_tables(task, tables.get("ids", {}))
+    check(task)
     checkpoints = Checkpoints(Path(run), world=world)
     step = _choose(checkpoints, checkpoint)
     checkpoints.marker(step)  # refuse a half-written one before anything is built
@@ -168,6 +178,10 @@ def load_model(
     attach_table_optimisers(model, config.optim)  # their kernels hold the tables; nothing is trained
     sharded = shard(model, world=world, config=parallel, seed=config.run.seed)
     checkpoints.load(step, sharded)
+    try:
+        require_finite_state(sharded.state_dict(), world)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{checkpoints.folder(step)}: {error}; give another checkpoint=STEP") from None
     return task, sharded.module.eval(), step
 
 

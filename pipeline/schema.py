@@ -13,7 +13,7 @@ from functools import partial
 from elastic_rec.feature_store.increments import LateEvents
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.heads.ranking_config import RankingConfig
-from elastic_rec.pipeline.data_schema import DataConfig, check_local
+from elastic_rec.pipeline.data_schema import DataConfig, Seen, check_local
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
@@ -44,6 +44,10 @@ class RunConfig:
         default=0, metadata={"help": "also write a checkpoint every so many steps; 0: at the end of each epoch only"}
     )
     keep_last: int = field(default=2, metadata={"help": "newest checkpoints kept; the best is always kept"})
+    baselines: bool = field(
+        default=True,
+        metadata={"help": "task=next_item: measure counting baselines on validation once, and warn of a model below"},
+    )
     log_every: int = field(default=20, metadata={"help": "steps between two lines of metrics"})
     pipelined: bool = field(
         default=True,
@@ -98,6 +102,16 @@ class TrainConfig:
 class EvaluateConfig:
     run: str = field(default="", metadata={"help": "run folder of a trained model"})
     checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
+    store: str = field(
+        default="",
+        metadata={"help": "another history store with the run's ids, or those and newer ones; empty: the run's own"},
+    )
+    generation: int | None = field(
+        default=None, metadata={"help": "generation of the store; none: the run's, of another store the newest"}
+    )
+    seen: Seen | None = field(
+        default=None, metadata={"help": "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy"}
+    )
     stage: str = field(default="test", metadata={"help": "test or valid targets"})
     k: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "list lengths of HR, NDCG, coverage"})
     length_edges: list[int] = field(
@@ -120,6 +134,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_local(run=self.run)
+        self.seen = self.seen and Seen(self.seen)
         if self.stage not in ("test", "valid"):
             raise ValueError(f"stage={self.stage!r}: set test or valid")
         if self.max_history < 0:
@@ -151,7 +166,9 @@ class ScoreConfig:
         metadata={"help": "history store to score, its newest generation; empty: the one the model was trained on"},
     )
     k: int = field(default=10, metadata={"help": "items per user"})
-    exclude_seen: bool = field(default=True, metadata={"help": "leave out items of the user's own history"})
+    seen: Seen | None = field(
+        default=None, metadata={"help": "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy"}
+    )
     query_time: str = field(
         default="",
         metadata={
@@ -186,7 +203,7 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         check_local(run=self.run, out=self.out, candidates=self.candidates)
         self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
-        self.state_dtype = StateDtype(self.state_dtype)
+        self.state_dtype, self.seen = StateDtype(self.state_dtype), self.seen and Seen(self.seen)
         if self.part_rows < 1:
             raise ValueError(f"part_rows={self.part_rows}: set it to 1 or more")
         if self.k < 1 or self.batch_size < 1 or self.window < 0 or (self.max_history or 0) < 0:

@@ -26,8 +26,10 @@ from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
 from elastic_rec.feature_store.times import parse_time_s
 from elastic_rec.models.elastic.config import Attention, Time
+from elastic_rec.pipeline.data_schema import Seen
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs
+from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs, user_namer
+from elastic_rec.pipeline.finite import require_finite
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.run_folder import model_fingerprint
 from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, TrainConfig
@@ -173,8 +175,14 @@ def lockstep(items: Iterator[Item], world: World) -> Iterator[Item | None]:
 def recommend(
     task: NextItemTask, catalogue: ShardedCatalogue, query_RD: torch.Tensor, histories: Histories, config: ScoreConfig
 ) -> pa.Table:
-    """Top-k of each user, padding left out. histories: what they have seen. Collective."""
-    seen = seen_pairs(histories, task, "score") if config.exclude_seen else None
+    """Top-k of each user, padding left out. histories: what they have seen; config.seen: keep or exclude. Collective.
+
+    Raises NonFiniteError for a query or score that is no number.
+    """
+    require_finite(query_RD, "the query", row_name=user_namer(task, histories))
+    seen = None
+    if config.seen is Seen.exclude:
+        seen = seen_pairs(histories, np.diff(histories.offsets), task.world.device)
     ids_Rk, score_Rk = (found.cpu() for found in catalogue.top_k(query_RD, config.k, seen))
     real = histories.rows >= 0
     ids_Rk, score_Rk = ids_Rk[torch.from_numpy(real)], score_Rk[torch.from_numpy(real)]
@@ -197,4 +205,4 @@ def _schema(task: NextItemTask) -> pa.Schema:
 
 def job_settings(config: ScoreConfig, *, step: int) -> dict:
     run = str(Path(config.run).resolve())
-    return {"mode": config.mode.value, "run": run, "step": step, "k": config.k, "exclude_seen": config.exclude_seen}
+    return {"mode": config.mode.value, "run": run, "step": step, "k": config.k, "seen": config.seen.value}

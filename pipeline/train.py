@@ -14,7 +14,6 @@ from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.models.heads.retrieval import RetrievalModel
 from elastic_rec.pipeline.checkpoints import Checkpoints
-from elastic_rec.pipeline.evaluation import validate
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
@@ -23,6 +22,7 @@ from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import plan_table, shard
 from elastic_rec.pipeline.tasks import AnyTask, make_task
 from elastic_rec.pipeline.trainer import Trainer, planned_steps
+from elastic_rec.pipeline.validation import Validation, prepare
 from elastic_rec.pipeline.world import World
 
 
@@ -34,6 +34,7 @@ def main(config: TrainConfig, world: World) -> dict:
 def train(config: TrainConfig, world: World) -> dict:
     keep_generation(config)
     task = make_task(config, world=world)
+    prepare(task)
     reader = task.train_reader()
     model = task.build_model()
     attach_table_optimisers(model, config.optim)
@@ -54,6 +55,7 @@ def _train(
     world.say(plan_table(model.plan))
     total_steps = planned_steps(config, reader.num_batches)
     optimiser, scheduler = build_optimiser(model, config.optim, total_steps=total_steps)
+    validation = Validation(task, model.module, run_dir=run_dir)
     log = MetricsLog(run_dir, world=world, total_steps=total_steps)
     trainer = Trainer(
         model,
@@ -65,7 +67,7 @@ def _train(
         log=log,
         num_batches=reader.num_batches,
         batches=lambda epoch, start: task.train_batches(reader, epoch=epoch, start_batch=start),
-        validate=lambda: validate(task, model.module),
+        validate=validation,
         metric=task.metric,
         cursor=reader.cursor,
         user_ids=lambda rows: task.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist(),
@@ -82,6 +84,7 @@ def _train(
         "epochs": progress.epoch,
         "best_step": progress.best_step,
         f"valid_{task.metric}": progress.best,
+        **validation.verdict(progress.best),
         "ranks": world.size,
     }
 

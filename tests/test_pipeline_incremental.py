@@ -133,9 +133,9 @@ def test_a_finished_day_again_changes_nothing(thirty_days, world):
 
 
 def test_another_folder_is_scored_from_the_states_alone(thirty_days, world):
-    figures = thirty_days.score(world, "elsewhere", mode="incremental", exclude_seen=False)
+    figures = thirty_days.score(world, "elsewhere", mode="incremental", seen="keep")
     assert figures["folded_events"] == figures["users_with_new_events"] == 0 and figures["skipped_parts"] == 0
-    thirty_days.score(world, "full-seen", max_history=0, exclude_seen=False)
+    thirty_days.score(world, "full-seen", max_history=0, seen="keep")
     assert_same(rows(thirty_days.folder / "elsewhere"), rows(thirty_days.folder / "full-seen"))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from elastic_rec.feature_store.store import Store
 
+FEW_STEPS = ["optim.max_steps=8", "data.seen=exclude"]
 SAMPLED = ["loss.softmax=sampled", "loss.num_negatives=16"]  # the one whole run through the sampled softmax
 
 
@@ -20,7 +21,7 @@ def job(tmp_path_factory) -> tuple[Path, Path, Path]:
     """(store of 5 parts, a run trained on it for a few steps, its scores by 2 ranks: uneven)."""
     folder = tmp_path_factory.mktemp("score")
     store, run, scores = helpers.make_store(folder), folder / "run", folder / "scores"
-    helpers.run("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={run}", "optim.max_steps=8", *SAMPLED)
+    helpers.run("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={run}", *FEW_STEPS, *SAMPLED)
     figures = helpers.run("score", f"run={run}", f"out={scores}", "k=7", "batch_size=16", ranks=2)
     assert figures["users"] == 120 and figures["parts"] == 5
     return store, run, scores
