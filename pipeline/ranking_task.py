@@ -101,6 +101,8 @@ class RankingTask:
             raise ConfigError(str(error)) from error
 
     def train_reader(self) -> ImpressionReader:
+        """DataError where there is nothing to train on, or nothing to validate by."""
+        self._reader("valid", 1, shuffle=False)
         return self._reader("train", self.config.optim.global_batch_size, shuffle=True)
 
     def train_batches(self, reader: ImpressionReader, *, epoch: int, start_batch: int) -> Iterator[RankingBatch]:
@@ -119,19 +121,22 @@ class RankingTask:
             yield RankingBatch.of(self.known(impressions))
 
     def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool, alone: int = 0) -> ImpressionReader:
-        return ImpressionReader(
-            self.store,
-            columns=self.columns,
-            split=self.config.data.impression_split,
-            stage=stage,
-            global_batch_size=global_batch_size,
-            per_visit=1 if alone else self.config.ranking.per_visit,
-            max_history=alone or self.config.data.max_history,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            shuffle=shuffle,
-            seed=self.config.run.seed,
-        )
+        try:
+            return ImpressionReader(
+                self.store,
+                columns=self.columns,
+                split=self.config.data.impression_split,
+                stage=stage,
+                global_batch_size=global_batch_size,
+                per_visit=1 if alone else self.config.ranking.per_visit,
+                max_history=alone or self.config.data.max_history,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                shuffle=shuffle,
+                seed=self.config.run.seed,
+            )
+        except ValueError as error:  # of the split's times
+            raise ConfigError(f"data.impression_split: {error}") from error
 
     def padding_batch(self) -> RankingBatch:
         """What a rank brings to a collective step when it has nothing left to do."""
