@@ -105,7 +105,7 @@ def _score_parts(
         for chosen in lockstep(users, world):
             batch = task.padding_batch() if chosen is None else rows.batch(chosen, task, lookup)
             with torch.no_grad():
-                score_CL = torch.sigmoid(model.score(batch.to(world.device))).cpu().numpy()
+                score_CL = torch.sigmoid(torch.from_numpy(task.finite_logits(model, batch))).numpy()
             if chosen is not None:
                 rows.keep(chosen, score_CL)
         if mine is not None:
@@ -224,6 +224,8 @@ class Requests:
             ends=ends + shift[visit],
             times_s=times_s,
             rows=chosen,
+            owners=visit,
+            owner_candidates=np.zeros_like(visit),
             candidate_offsets=candidates.offsets,
             candidates=candidates.values,
             labels=np.full((len(candidates.values), len(task.table.labels)), np.nan, np.float32),

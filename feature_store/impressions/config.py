@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -34,8 +35,13 @@ class ImpressionConfig:
     label_columns: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Input columns with labels: lists as long as the candidates', or one number; null: no label."
+            "help": "Input columns with labels from 0 to 1, or true and false: lists as long as the candidates', or "
+            "one value; null: no label."
         },
+    )
+    label_thresholds: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "For labels on another scale, {stars: 4}: 1 where the value is at least that, else 0."},
     )
     context_columns: list[str] = field(
         default_factory=list,
@@ -56,6 +62,13 @@ class ImpressionConfig:
         self.timestamp_unit = TimeUnit(self.timestamp_unit)
         if self.input and not self.label_columns:
             raise ValueError("impressions.label_columns is empty: name the columns that say what came of an impression")
+        wrong = [name for name, lowest in self.label_thresholds.items()
+                 if name not in self.label_columns or not math.isfinite(lowest)]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"impressions.label_thresholds: {wrong[0]!r} is not in label_columns={self.label_columns}, or its "
+                "threshold is no finite number"
+            )
         names = [*self.label_columns, *self.context_columns, *self.item_context_columns]
         for name in names:
             if name.lower() in RESERVED_NAMES or not name.replace("_", "a").isalnum():
@@ -90,7 +103,10 @@ class ImpressionSplit:
         valid = _moment(self.valid_time, percentiles, time_unit)
         test = _moment(self.test_time, percentiles, time_unit)
         if not valid < test:
-            raise ValueError(f"valid_time={self.valid_time} must be before test_time={self.test_time}")
+            raise ValueError(
+                f"valid_time={self.valid_time} ({valid} {time_unit}) must be before test_time={self.test_time} "
+                f"({test} {time_unit}); set two moments between which there are impressions"
+            )
         return {"train": TimeRange(None, valid), "valid": TimeRange(valid, test), "test": TimeRange(test, None)}[stage]
 
 

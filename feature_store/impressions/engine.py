@@ -82,6 +82,15 @@ class ImpressionEngine:
         ids = ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())
         return Vocabulary(column=column, ids=ids, counts=table["n"].to_numpy())
 
+    def check_labels(self) -> None:
+        """DataError for a label that no candidate has."""
+        for name in self._config.label_columns:
+            if not self._one(f'SELECT count(*) FROM raw WHERE list_count("{name}") > 0'):
+                total = self._one("SELECT count(*) FROM raw")
+                raise DataError(
+                    f"label '{name}' is null for all candidates of {total} impressions: take it out of label_columns"
+                )
+
     def percentiles(self) -> list[int]:
         shares = ", ".join(str(percent / 100) for percent in range(101))
         return self._one(f"SELECT quantile_disc(timestamp, [{shares}]) FROM raw")
@@ -117,7 +126,8 @@ class ImpressionEngine:
         staged.append(one)
         for name in config.label_columns:
             sql, _, is_list = columns[name]
-            staged.append(f"CAST({sql} AS FLOAT[])" if is_list else f"[CAST({sql} AS FLOAT)]")
+            label = _label_sql("x" if is_list else sql, config.label_thresholds.get(name))
+            staged.append(f"list_transform({sql}, lambda x: {label})" if is_list else f"[{label}]")
         for name, type in self._context_types.items():
             sql, _, is_list = columns[name]
             staged.append(f"CAST({sql} AS {SQL_TYPES[type]}[])" if is_list else f"[CAST({sql} AS {SQL_TYPES[type]})]")
@@ -167,6 +177,22 @@ class ImpressionEngine:
             row = self._one(f"SELECT min(rowid) FROM raw WHERE rowid >= {first} AND ({condition})")
             if row is not None:
                 raise DataError(f"{path}: impression in row {row - first + 1}: {fault}; drop or repair such rows")
+        for name in self._config.label_columns:
+            self._check_label(path, name, first)
+
+    def _check_label(self, path: Location, name: str, first: int) -> None:
+        outside = f'list_filter("{name}", lambda x: x < 0 OR x > 1)'  # NaN counts as greater than all else
+        where = f"rowid >= {first} AND len({outside}) > 0"
+        found = self._run(f"SELECT rowid, ({outside})[1] FROM raw WHERE {where} ORDER BY rowid LIMIT 1")
+        for row, value in found:
+            remedy = (
+                "write null where there is no label"
+                if value != value
+                else f"scale it, or set 'data.impressions.label_thresholds={{{name}: 4}}' for 1 at 4 or more and else 0"
+            )
+            raise DataError(
+                f"{path}: impression in row {row - first + 1}: label '{name}' is {value:g}, not from 0 to 1; {remedy}"
+            )
 
     def _one(self, sql: str):
         return self._run(sql)[0][0]
@@ -185,6 +211,13 @@ def _kind(type: pa.DataType) -> str:
     if pa.types.is_floating(type) or pa.types.is_decimal(type) or pa.types.is_boolean(type):
         return "float"
     return "time" if pa.types.is_timestamp(type) or pa.types.is_date(type) else "other"
+
+
+def _label_sql(value: str, lowest: float | None) -> str:
+    """FLOAT, with a threshold 0 or 1; NULL and NaN stay what they are."""
+    if lowest is None:
+        return f"CAST({value} AS FLOAT)"
+    return f"CASE WHEN isnan(CAST({value} AS DOUBLE)) THEN 'nan'::FLOAT ELSE CAST({value} >= {lowest!r} AS FLOAT) END"
 
 
 def _cast_id(sql: str, kind: str, type: str) -> str:

@@ -69,6 +69,7 @@ def _build(
             source[-1]["impressions"] = engine.load(path, local)
             if not path.is_local:
                 local.unlink()
+        engine.check_labels()
         vocabularies = {name: engine.vocabulary(name) for name in config.context_columns}
         encode = Encoder(config, items, vocabularies, user_type=store.manifest["vocabularies"]["user"]["type"])
         files = _write(config, engine.sorted_batches(), encode, store, work)
