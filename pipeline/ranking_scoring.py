@@ -1,7 +1,8 @@
 """Batch scoring for ranking: lists of candidates in, a score per candidate and label out, in the input's order.
 
     candidates   Parquet: user_id, item_id (a list, or one item), and optionally timestamp (what the user was then: only
-                 events before that second count; none: after all his events) and the impressions' context columns
+                 events before that second count; none: after all his events; numbers are in timestamp_unit) and the
+                 impressions' context columns
     OUT/job.json               what is being scored, with what; a rerun with other settings is refused
     OUT/part-00003.parquet     user_id, item_id as they came, and a probability per candidate for each label
     OUT/manifest.json          written when all parts are there
@@ -35,6 +36,7 @@ from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
 from elastic_rec.models.heads.ranking import RankingModel
+from elastic_rec.pipeline.candidate_times import times_s
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
 from elastic_rec.pipeline.schema import ScoreConfig
@@ -66,6 +68,7 @@ def score_candidates(task: RankingTask, model: RankingModel, *, step: int, confi
         "max_history": task.config.data.max_history,
         "candidates": files,
         "part_rows": config.part_rows,
+        "timestamp_unit": config.timestamp_unit.value,
     }
     open_job(out, settings, world)
     todo = [part for part in parts if not part.path(out).exists()]
@@ -73,7 +76,7 @@ def score_candidates(task: RankingTask, model: RankingModel, *, step: int, confi
     lookup, counts = HistoryLookup(task.store, columns=task.columns), np.zeros(3, np.int64)
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
-        rows = None if mine is None else Requests.read(mine, task)
+        rows = None if mine is None else Requests.read(mine, task, timestamp_unit=config.timestamp_unit.value)
         users = iter(()) if rows is None else rows.by_user(config.batch_size)
         for chosen in lockstep(users, world):
             batch = task.padding_batch() if chosen is None else rows.batch(chosen, task, lookup)
@@ -150,7 +153,7 @@ class Requests:
     num_cold: int = 0
 
     @staticmethod
-    def read(part: Part, task: RankingTask) -> Requests:
+    def read(part: Part, task: RankingTask, *, timestamp_unit: str) -> Requests:
         file = pq.ParquetFile(part.file)
         names = [name for name in ("timestamp", *task.table.context) if name in file.schema_arrow.names]
         table = file.read_row_group(part.row_group, columns=["user_id", "item_id", *names])
@@ -168,7 +171,11 @@ class Requests:
         users, user_N = [users[u] for u in order], place[encoded.indices.to_numpy()]
         candidates = Bags(offsets_of(lengths), task.vocabulary("item").encode(items))
         context = {name: _context(table, name, task, where) for name in task.table.context}
-        time_s = _seconds(table["timestamp"], where) if "timestamp" in names else None
+        time_s = None
+        if "timestamp" in names:
+            place = f"candidates: {part.file}, row group {part.row_group}"
+            about = {"unit": timestamp_unit, "store": task.store, "where": place, "first_row": part.start + 1}
+            time_s = times_s(table["timestamp"], **about)
         scores = np.zeros((len(items), len(task.table.labels)), np.float32)
         return Requests(table, users, user_N, time_s, candidates, context, scores)
 
@@ -257,17 +264,6 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
         return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
-
-
-def _seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    column = column.combine_chunks()
-    if column.null_count:
-        raise ConfigError(f"{where}: {column.null_count} rows without timestamp; fill them in, or leave out the column")
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s", column.type.tz), safe=False).cast(pa.int64())
-    if not pa.types.is_integer(column.type):
-        raise ConfigError(f"{where}: timestamp is {column.type}: give timestamps, or whole seconds since 1970")
-    return column.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _has_string_users(task: RankingTask) -> bool:
