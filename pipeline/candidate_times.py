@@ -13,13 +13,14 @@ from elastic_rec.pipeline.errors import ConfigError
 DAY_S = 86_400
 
 
-def times_s(column: pa.ChunkedArray, *, unit: str, store: Store, where: str, first_row: int) -> np.ndarray:
-    """(N,) int64 whole seconds, rounded down. unit: of numbers; timestamps and dates say it themselves.
+def read_times(column: pa.ChunkedArray, *, unit: str, store: Store, where: str, first_row: int) -> np.ndarray:
+    """(N,) int64 times in the store's unit, rounded down, as the store's impressions are.
 
-    A zoned timestamp is an instant, one without a zone is UTC. first_row: row of the file that the column begins with,
-    from 1. ConfigError for a column that is no time, a row without one, and a time that cannot belong to the store.
+    unit: of numbers; timestamps and dates say it themselves. A zoned timestamp is an instant, others are UTC.
+    first_row: row of the file that the column begins with, from 1. ConfigError for a column that is no time, a row
+    without one, and a time that cannot belong to the store.
     """
-    values = column.combine_chunks()
+    values, kept = column.combine_chunks(), UNITS_PER_SECOND[store.time_unit]
     if values.null_count:
         row = first_row + int(np.flatnonzero(values.is_null())[0])
         raise ConfigError(
@@ -27,26 +28,27 @@ def times_s(column: pa.ChunkedArray, *, unit: str, store: Store, where: str, fir
             "the column"
         )
     is_number = not (pa.types.is_timestamp(values.type) or pa.types.is_date(values.type))
-    count, per_second = (_numbers(values, where, first_row), UNITS_PER_SECOND[unit]) if is_number else _ticks(values)
-    time_s = count // per_second if per_second else count * DAY_S
+    count, given = (_numbers(values, where, first_row), UNITS_PER_SECOND[unit]) if is_number else _ticks(values)
     low_s, high_s = sensible_range_s(*store.time_range_s())
-    far = np.flatnonzero((time_s < low_s) | (time_s > (high_s if high_s is not None else np.iinfo(np.int64).max)))
+    if high_s is None:
+        high_s = (2**63 - 1) // max(kept, given) - 1
+    far = np.flatnonzero((count < low_s * given) | (count > high_s * given))
     if len(far):
+        odd = int(count[far[0]])
         value, advice = "", "drop or repair such rows"
         if is_number:
-            value = f" ({count[far[0]]} in timestamp_unit={unit})"
-            advice = unit_advice(int(count[far[0]]), unit, "timestamp_unit")
+            value, advice = f" ({odd} in timestamp_unit={unit})", unit_advice(odd, unit, "timestamp_unit")
         raise ConfigError(
-            f"{where}, row {first_row + far[0]}: timestamp {iso_time(int(time_s[far[0]]))}{value} cannot belong to the "
+            f"{where}, row {first_row + far[0]}: timestamp {iso_time(odd // given)}{value} cannot belong to the "
             f"events of {store.path}, nor can {len(far) - 1} more in this part; {advice}"
         )
-    return time_s
+    return count * (kept // given) if kept >= given else count // (given // kept)
 
 
 def _ticks(values: pa.Array) -> tuple[np.ndarray, int]:
-    """(counts, counts per second); 0 per second: days."""
+    """(counts since 1970, counts per second) of timestamps and dates."""
     if pa.types.is_date32(values.type):
-        return values.cast(pa.int32()).to_numpy().astype(np.int64), 0
+        return values.cast(pa.int32()).to_numpy().astype(np.int64) * DAY_S, 1
     unit = values.type.unit if pa.types.is_timestamp(values.type) else "ms"
     return values.cast(pa.int64()).to_numpy(), UNITS_PER_SECOND[unit]
 

@@ -1,7 +1,7 @@
 """Batch scoring for ranking: lists of candidates in, a score per candidate and label out, in the input's order.
 
     candidates   Parquet: user_id, item_id (a list, or one item), and optionally timestamp (what the user was then: only
-                 events before that second count; none: after all his events; numbers are in timestamp_unit) and the
+                 events before it count; none: after all his events; numbers are in timestamp_unit) and the
                  impressions' context columns
     OUT/job.json               what is being scored, with what; a rerun with other settings is refused
     OUT/part-00003.parquet     user_id, item_id as they came, and a probability per candidate for each label
@@ -30,13 +30,13 @@ import torch
 import torch.distributed as dist
 
 from elastic_rec.feature_store.atomic_write import write_json
-from elastic_rec.feature_store.decode import Users
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.models.heads.ranking import RankingModel
-from elastic_rec.pipeline.candidate_times import times_s
+from elastic_rec.pipeline.candidate_times import read_times
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
 from elastic_rec.pipeline.schema import ScoreConfig
@@ -141,12 +141,12 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
 @dataclass
 class Requests:
     """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: number in it.
-    time_s_N: None, or the moment asked for. score_CL: filled in by `keep`; the C axis is the input's."""
+    time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `keep`; C is the input's order."""
 
     table: pa.Table
     users: list
     user_N: np.ndarray
-    time_s_N: np.ndarray | None
+    time_N: np.ndarray | None
     candidates: Bags
     context: dict[str, Bags]
     score_CL: np.ndarray
@@ -171,13 +171,13 @@ class Requests:
         users, user_N = [users[u] for u in order], place[encoded.indices.to_numpy()]
         candidates = Bags(offsets_of(lengths), task.vocabulary("item").encode(items))
         context = {name: _context(table, name, task, where) for name in task.table.context}
-        time_s = None
+        time_N = None
         if "timestamp" in names:
             place = f"candidates: {part.file}, row group {part.row_group}"
             about = {"unit": timestamp_unit, "store": task.store, "where": place, "first_row": part.start + 1}
-            time_s = times_s(table["timestamp"], **about)
+            time_N = read_times(table["timestamp"], **about)
         scores = np.zeros((len(items), len(task.table.labels)), np.float32)
-        return Requests(table, users, user_N, time_s, candidates, context, scores)
+        return Requests(table, users, user_N, time_N, candidates, context, scores)
 
     def by_user(self, num_users: int) -> Iterator[np.ndarray]:
         """Rows of so many users at a time, those of a user side by side."""
@@ -191,25 +191,24 @@ class Requests:
         first_user = int(self.user_N[chosen[0]])
         visit = self.user_N[chosen] - first_user
         is_first = np.append(True, visit[1:] != visit[:-1])
-        found = lookup.histories(self.users[first_user : first_user + int(visit[-1]) + 1])
-        everything = Users(found.rows, found.offsets, found.times_s, found.columns)
-        ends = found.offsets[visit + 1]
-        times_s = ends * 0 if self.time_s_N is None else self.time_s_N[chosen]
-        if self.time_s_N is not None:
-            ends = np.maximum(count_before(everything, visit, times_s), found.offsets[visit])
+        found = lookup.users(self.users[first_user : first_user + int(visit[-1]) + 1])
+        ends, times = found.offsets[visit + 1], np.zeros(len(visit), np.int64)
+        if self.time_N is not None:
+            times = self.time_N[chosen]
+            ends = np.maximum(count_before(found, visit, times), found.offsets[visit])
         starts = np.maximum(found.offsets[visit], ends - task.config.data.max_history)
         self.num_cold += int((starts == ends).sum())
         first_B, last_B = np.minimum.reduceat(starts, np.flatnonzero(is_first)), found.offsets[:-1].copy()
         np.maximum.at(last_B, visit, ends)
-        seen = everything.stretches(np.arange(len(found.rows)), first_B, last_B)
-        shift = seen.offsets[:-1] - first_B
+        seen = found.stretches(np.arange(len(found.rows)), first_B, last_B)
+        shift, units_per_second = seen.offsets[:-1] - first_B, UNITS_PER_SECOND[task.store.time_unit]
         candidates = self.candidates.take(chosen)
         impressions = Impressions(
-            histories=seen.histories(1, num_global_users=len(found.rows)),
+            histories=seen.histories(units_per_second, num_global_users=len(found.rows)),
             visit=visit,
             starts=starts + shift[visit],
             ends=ends + shift[visit],
-            times_s=times_s,
+            times_s=times // units_per_second,
             rows=chosen,
             candidate_offsets=candidates.offsets,
             candidates=candidates.values,
@@ -218,7 +217,7 @@ class Requests:
             item_context={name: bags.take(candidates.values) for name, bags in task.table.item_bags.items()},
         )
         batch = RankingBatch.of(task.known(impressions))
-        if self.time_s_N is None:
+        if self.time_N is None:
             batch.query_gap_s.fill_(-1)
         return batch
 
