@@ -38,10 +38,6 @@ class HistoryLookup:
 
     def users(self, user_ids: list) -> Users:
         """As histories, with times in the store's unit."""
-        return self.users(user_ids).histories(self._decoder.units_per_second, num_global_users=len(user_ids))
-
-    def users(self, user_ids: list) -> Users:
-        """As histories, with times in the store's unit."""
         wanted = defaultdict(list)
         for place, user in enumerate(user_ids):
             if (group := self._group_of(user)) is not None:

@@ -141,7 +141,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
 @dataclass
 class Requests:
     """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: number in it.
-    time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `keep`; C is the input's order."""
+    time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `keep`, in the input's order."""
 
     table: pa.Table
     users: list
