@@ -123,10 +123,11 @@ def _moment_fault(text: str, unit: str) -> str:
         return "is not a finite time; drop or repair such rows"
     if _is_before_1970(text):
         return "is before 1970; drop or repair such rows"
-    if re.search(r"^\d{4}-", text) and not _exists(text):
+    year = int(text.split("-")[0])
+    if year <= 9999 and not _exists(text):
         return "is a date or hour that does not exist; drop or repair such rows"
-    if unit == "ns" and int(text.split("-")[0]) >= 2262:
-        return "does not fit int64 in timestamp_unit=ns; drop or repair such rows"
+    if year >= (2262 if unit == "ns" else 290_000):
+        return f"does not fit int64 in timestamp_unit={unit}; drop or repair such rows"
     return f"is no whole number of {unit}; set timestamp_unit={_finer(unit)} or finer"
 
 
