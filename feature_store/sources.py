@@ -196,8 +196,9 @@ def _parquet_kind(path: Location, role: str, name: str, type: pa.DataType, setti
 def _require(path: Location, names: list[str], columns: dict[str, str], settings: dict[str, str]) -> None:
     for role, name in columns.items():
         if names.count(name) != 1:
-            what = "missing" if name not in names else "not unique"
-            raise DataError(f"{path}: column '{name}' is {what}; it has: {', '.join(names)}. Set {settings[role]}")
+            what, there = "missing" if name not in names else "not unique", ", ".join(names)
+            there = there if len(there) <= 1000 else f"{there[:1000]}..."
+            raise DataError(f"{path}: column '{name}' is {what}; it has: {there}. Set {settings[role]}")
 
 
 def quote(text: str) -> str:
