@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import WILDCARD, Location, find_files, open_location
-from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.time_columns import stored_time_kind
 
 SUFFIXES = {
     "csv": (".csv", ".csv.gz"),
@@ -34,7 +34,7 @@ DELIMITERS = {"csv": ",", "tsv": "\\t"}
 @dataclass(frozen=True)
 class Source:
     """One input file. path: as messages name it. scan: SQL table function. raw: column -> SQL of the value as it
-    stands in the file. kinds: column -> "int64" | "text" | "float" | "time" (the last two in Parquet only)."""
+    stands in the file. kinds: column -> "int64" | "text", or of times a kind of time_columns.py."""
 
     path: Location
     scan: str
@@ -89,20 +89,6 @@ def check_same_kinds(source: Source, kinds: dict[str, str], first: Location | st
             raise DataError(
                 f"{source.path}: {role} is {kind}, but {kinds[role]} in {first}; all files must agree, cast one of them"
             )
-
-
-def time_sql(value: str, kind: str, unit: str) -> str:
-    """SQL of a timestamp as BIGINT in `unit`; NULL where it is null, not a number, negative, fractional or too big."""
-    if kind == "time":
-        factor = 10**9 // UNITS_PER_SECOND[unit]
-        return f"CASE WHEN {value} >= 0 AND {value} % {factor} = 0 THEN {value} // {factor} END"
-    if kind == "int64":
-        return f"CASE WHEN {value} >= 0 THEN TRY_CAST({value} AS BIGINT) END"
-    number = f"TRY_CAST({value} AS DOUBLE)"  # NaN counts as greater than all else, hence isfinite
-    return (
-        f"CASE WHEN isfinite({number}) AND {number} >= 0 AND {number} = floor({number}) "
-        f"THEN TRY_CAST({value} AS BIGINT) END"
-    )
 
 
 def id_sql(value: str, kind: str) -> str:
@@ -171,7 +157,7 @@ def _open_parquet(
         kinds[role] = _parquet_kind(path, role, name, schema.field(name).type, settings)
         sql = '"' + name.replace('"', '""') + '"'
         if kinds[role] == "time":
-            sql = f"epoch_ns(CAST({sql} AS TIMESTAMP_NS))"
+            kinds[role] = stored_time_kind(str(path), local, name)
         elif kinds[role] == "text":
             sql = f"CAST({sql} AS VARCHAR)"
         raw[role] = sql
@@ -198,7 +184,7 @@ def _parquet_kind(path: Location, role: str, name: str, type: pa.DataType, setti
     if is_text or (role not in ("user", "item", "timestamp", "event_id") and (is_number or pa.types.is_boolean(type))):
         return "text"
     if role == "timestamp" and is_number:
-        return "float"
+        return "float32" if pa.types.is_float32(type) else "float"
     if role == "timestamp" and (pa.types.is_timestamp(type) or pa.types.is_date(type)):
         return "time"
     wanted = "an integer, a number or a timestamp" if role == "timestamp" else "int64 or string"
@@ -210,8 +196,9 @@ def _parquet_kind(path: Location, role: str, name: str, type: pa.DataType, setti
 def _require(path: Location, names: list[str], columns: dict[str, str], settings: dict[str, str]) -> None:
     for role, name in columns.items():
         if names.count(name) != 1:
-            what = "missing" if name not in names else "not unique"
-            raise DataError(f"{path}: column '{name}' is {what}; it has: {', '.join(names)}. Set {settings[role]}")
+            what, there = "missing" if name not in names else "not unique", ", ".join(names)
+            there = there if len(there) <= 1000 else f"{there[:1000]}..."
+            raise DataError(f"{path}: column '{name}' is {what}; it has: {there}. Set {settings[role]}")
 
 
 def quote(text: str) -> str:

@@ -14,7 +14,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.footer import read_footer
 from elastic_rec.feature_store.manifest import check_digest, named_files, read_manifest
-from elastic_rec.feature_store.schema import ARROW_TYPES, USER
+from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND, USER
 from elastic_rec.feature_store.vocabulary import Vocabulary
 
 BROKEN = (pa.ArrowException, OSError, ValueError)  # what PyArrow raises for a file that is missing or damaged
@@ -24,8 +24,7 @@ BROKEN = (pa.ArrowException, OSError, ValueError)  # what PyArrow raises for a f
 class StoreFile:
     """One data file. first_row: row number of its first user; row_groups: (num_users, num_events) each.
 
-    max_time: of its newest event, in the store's unit. footer: digest of its Parquet footer; None in stores from before
-    that was kept.
+    footer: digest of its Parquet footer; None in stores from before that was kept.
     """
 
     path: Location
@@ -33,7 +32,6 @@ class StoreFile:
     num_users: int
     num_events: int
     row_groups: tuple[tuple[int, int], ...]
-    max_time: int
     sha256: str
     footer: str | None
 
@@ -68,6 +66,11 @@ class Store:
         """
         path = open_location(path)
         return cls(path, read_manifest(path, generation))
+
+    def time_range_s(self) -> tuple[int, int]:
+        """Whole seconds of the oldest and of the newest event."""
+        unit, files = UNITS_PER_SECOND[self.time_unit], self.manifest["files"]
+        return min(file["min_time"] for file in files) // unit, max(file["max_time"] for file in files) // unit
 
     def verify(self) -> None:
         """Reads every byte and compares digests with the manifest's; DataError names the first file that differs."""
@@ -160,8 +163,7 @@ def _list_files(root: Location, manifest: dict) -> list[StoreFile]:
     for entry in manifest["files"]:
         groups = tuple((users, events) for users, events in entry["row_groups"])
         counts = entry["num_users"], entry["num_events"]
-        about = entry["max_time"], entry["sha256"], entry.get("footer")
-        files.append(StoreFile(root / entry["path"], row, *counts, groups, *about))
+        files.append(StoreFile(root / entry["path"], row, *counts, groups, entry["sha256"], entry.get("footer")))
         row += entry["num_users"]
     return files
 

@@ -1,7 +1,8 @@
 """Batch scoring for ranking: lists of candidates in, a score per candidate and label out, in the input's order.
 
     candidates   Parquet: user_id, item_id (a list, or one item), and optionally timestamp (what the user was then: only
-                 events before that second count; none: after all his events) and the impressions' context columns
+                 events before it count; none: after all his events; numbers are in timestamp_unit) and the
+                 impressions' context columns
     OUT/part-00003.parquet     user_id, item_id as they came, and a probability per candidate for each label
                                (the rest: score_folder.py)
 
@@ -28,12 +29,13 @@ import torch
 import torch.distributed as dist
 
 from elastic_rec.feature_store.checked import describe_file
-from elastic_rec.feature_store.decode import Users
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.models.heads.ranking import RankingModel
+from elastic_rec.pipeline.candidate_times import read_times
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
 from elastic_rec.pipeline.run_folder import model_fingerprint
@@ -66,6 +68,7 @@ def score_candidates(task: RankingTask, model: RankingModel, *, step: int, confi
         "max_history": task.config.data.max_history,
         "candidates": _described(files, world),
         "part_rows": config.part_rows,
+        "timestamp_unit": config.timestamp_unit.value,
         "model": model_fingerprint(config.run, step=step, config=task.config, world=world),
     }
     numbers = [part.number for part in parts]
@@ -73,7 +76,7 @@ def score_candidates(task: RankingTask, model: RankingModel, *, step: int, confi
         whole = folder.whole(numbers)
         todo = [part for part in parts if part.number not in whole]
         world.say(f"{len(todo)} parts to score, {len(whole)} done before")
-        counts = _score_parts(task, model, folder, todo, batch_size=config.batch_size)
+        counts = _score_parts(task, model, folder, todo, config)
         folder.close(numbers, labels=task.table.labels)
     seconds = time.perf_counter() - began
     num_candidates, num_unknown, num_cold = counts
@@ -91,7 +94,7 @@ def score_candidates(task: RankingTask, model: RankingModel, *, step: int, confi
 
 
 def _score_parts(
-    task: RankingTask, model: RankingModel, folder: ScoreFolder, todo: list[Part], *, batch_size: int
+    task: RankingTask, model: RankingModel, folder: ScoreFolder, todo: list[Part], config: ScoreConfig
 ) -> list[int]:
     """Counts of candidates, unknown ones, and rows without history, over all ranks. Collective."""
     if todo:
@@ -100,8 +103,8 @@ def _score_parts(
     lookup, counts = HistoryLookup(task.store, columns=task.columns), np.zeros(3, np.int64)
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
-        rows = None if mine is None else Requests.read(mine, task)
-        users = iter(()) if rows is None else rows.by_user(batch_size)
+        rows = None if mine is None else Requests.read(mine, task, timestamp_unit=config.timestamp_unit.value)
+        users = iter(()) if rows is None else rows.by_user(config.batch_size)
         for chosen in lockstep(users, world):
             batch = task.padding_batch() if chosen is None else rows.batch(chosen, task, lookup)
             with torch.no_grad():
@@ -158,19 +161,19 @@ def _described(files: list[list], world: World) -> list[list]:
 @dataclass
 class Requests:
     """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: number in it.
-    time_s_N: None, or the moment asked for. score_CL: filled in by `keep`; the C axis is the input's."""
+    time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `keep`, in the input's order."""
 
     table: pa.Table
     users: list
     user_N: np.ndarray
-    time_s_N: np.ndarray | None
+    time_N: np.ndarray | None
     candidates: Bags
     context: dict[str, Bags]
     score_CL: np.ndarray
     num_cold: int = 0
 
     @staticmethod
-    def read(part: Part, task: RankingTask) -> Requests:
+    def read(part: Part, task: RankingTask, *, timestamp_unit: str) -> Requests:
         file = pq.ParquetFile(part.file)
         names = [name for name in ("timestamp", *task.table.context) if name in file.schema_arrow.names]
         table = file.read_row_group(part.row_group, columns=["user_id", "item_id", *names])
@@ -188,9 +191,13 @@ class Requests:
         users, user_N = [users[u] for u in order], place[encoded.indices.to_numpy()]
         candidates = Bags(offsets_of(lengths), task.vocabulary("item").encode(items))
         context = {name: _context(table, name, task, where) for name in task.table.context}
-        time_s = _seconds(table["timestamp"], where) if "timestamp" in names else None
+        time_N = None
+        if "timestamp" in names:
+            place = f"candidates: {part.file}, row group {part.row_group}"
+            about = {"unit": timestamp_unit, "store": task.store, "where": place, "first_row": part.start + 1}
+            time_N = read_times(table["timestamp"], **about)
         scores = np.zeros((len(items), len(task.table.labels)), np.float32)
-        return Requests(table, users, user_N, time_s, candidates, context, scores)
+        return Requests(table, users, user_N, time_N, candidates, context, scores)
 
     def by_user(self, num_users: int) -> Iterator[np.ndarray]:
         """Rows of so many users at a time, those of a user side by side."""
@@ -204,25 +211,24 @@ class Requests:
         first_user = int(self.user_N[chosen[0]])
         visit = self.user_N[chosen] - first_user
         is_first = np.append(True, visit[1:] != visit[:-1])
-        found = lookup.histories(self.users[first_user : first_user + int(visit[-1]) + 1])
-        everything = Users(found.rows, found.offsets, found.times_s, found.columns)
-        ends = found.offsets[visit + 1]
-        times_s = ends * 0 if self.time_s_N is None else self.time_s_N[chosen]
-        if self.time_s_N is not None:
-            ends = np.maximum(count_before(everything, visit, times_s), found.offsets[visit])
+        found = lookup.users(self.users[first_user : first_user + int(visit[-1]) + 1])
+        ends, times = found.offsets[visit + 1], np.zeros(len(visit), np.int64)
+        if self.time_N is not None:
+            times = self.time_N[chosen]
+            ends = np.maximum(count_before(found, visit, times), found.offsets[visit])
         starts = np.maximum(found.offsets[visit], ends - task.config.data.max_history)
         self.num_cold += int((starts == ends).sum())
         first_B, last_B = np.minimum.reduceat(starts, np.flatnonzero(is_first)), found.offsets[:-1].copy()
         np.maximum.at(last_B, visit, ends)
-        seen = everything.stretches(np.arange(len(found.rows)), first_B, last_B)
-        shift = seen.offsets[:-1] - first_B
+        seen = found.stretches(np.arange(len(found.rows)), first_B, last_B)
+        shift, units_per_second = seen.offsets[:-1] - first_B, UNITS_PER_SECOND[task.store.time_unit]
         candidates = self.candidates.take(chosen)
         impressions = Impressions(
-            histories=seen.histories(1, num_global_users=len(found.rows)),
+            histories=seen.histories(units_per_second, num_global_users=len(found.rows)),
             visit=visit,
             starts=starts + shift[visit],
             ends=ends + shift[visit],
-            times_s=times_s,
+            times_s=times // units_per_second,
             rows=chosen,
             owners=visit,
             owner_candidates=np.zeros_like(visit),
@@ -233,7 +239,7 @@ class Requests:
             item_context={name: bags.take(candidates.values) for name, bags in task.table.item_bags.items()},
         )
         batch = RankingBatch.of(task.known(impressions))
-        if self.time_s_N is None:
+        if self.time_N is None:
             batch.query_gap_s.fill_(-1)
         return batch
 
@@ -279,17 +285,6 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
         return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
-
-
-def _seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    column = column.combine_chunks()
-    if column.null_count:
-        raise ConfigError(f"{where}: {column.null_count} rows without timestamp; fill them in, or leave out the column")
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s", column.type.tz), safe=False).cast(pa.int64())
-    if not pa.types.is_integer(column.type):
-        raise ConfigError(f"{where}: timestamp is {column.type}: give timestamps, or whole seconds since 1970")
-    return column.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _has_string_users(task: RankingTask) -> bool:

@@ -11,6 +11,7 @@ from enum import Enum, StrEnum
 from functools import partial
 
 from elastic_rec.feature_store.increments import LateEvents
+from elastic_rec.feature_store.ingest import TimeUnit
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.pipeline.data_schema import DataConfig, Seen, check_local
@@ -151,6 +152,10 @@ class ScoreConfig:
     candidates: str = field(
         default="",
         metadata={"help": "ranking: Parquet file, glob or folder with user_id, item_id (a list, or one) to be scored"},
+    )
+    timestamp_unit: TimeUnit = field(
+        default=TimeUnit.s,
+        metadata={"help": "ranking: unit of numbers in the candidates' column timestamp: s, ms, us or ns"},
     )
     part_rows: int = field(default=65536, metadata={"help": "ranking: rows of the input in one part of the output"})
     mode: ScoreMode = field(

@@ -23,7 +23,7 @@ from torch import nn
 
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.histories import Histories
-from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
+from elastic_rec.feature_store.schema import ARROW_TYPES
 from elastic_rec.feature_store.times import parse_time_s
 from elastic_rec.models.elastic.config import Attention, Time
 from elastic_rec.pipeline.data_schema import Seen
@@ -135,10 +135,10 @@ def query_time_s(task: NextItemTask, config: ScoreConfig) -> int | None:
         asked_s = int(moment)
     else:
         try:
-            asked_s = parse_time_s(config.query_time)
+            asked_s = parse_time_s(config.query_time, key="query_time")
         except ValueError as error:
-            raise ConfigError(f"query_time: {error}") from error
-    newest_s = max(file.max_time for file in task.store.files) // UNITS_PER_SECOND[task.store.time_unit]
+            raise ConfigError(str(error)) from error
+    _, newest_s = task.store.time_range_s()
     if asked_s < newest_s:
         raise ConfigError(
             f"query_time={config.query_time} ({asked_s}) is before the store's newest event ({newest_s}): what was "

@@ -50,7 +50,7 @@ def test_missing_column_lists_those_there(tmp_path):
     ("row", "match"),
     [
         ("1,2,yesterday", r"row 4: timestamp 'yesterday' is not a number"),
-        ("1,2,2020-01-01", r"row 4: timestamp '2020-01-01' is not a number.*convert dates"),
+        ("1,2,01/31/2020", r"row 4: timestamp '01/31/2020' is not a number.*convert dates"),
         ("1,2,", r"row 4: timestamp is empty \(null\)"),
         ("1,2,nan", r"row 4: timestamp 'nan' is not a finite number"),
         ("1,2,inf", r"row 4: timestamp 'inf' is not a finite number"),

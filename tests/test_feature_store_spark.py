@@ -28,7 +28,7 @@ from elastic_rec.feature_store.spark.tasks import ABOUT, WriteJob, write_buckets
 from elastic_rec.feature_store.store import Store
 
 CONTEXT = ["action", "rating"]
-DROP = {name: "drop" for name in ("null_ids", "bad_times", "future_times", "out_of_order", "gaps")}
+DROP = {name: "drop" for name in ("null_ids", "null_words", "bad_times", "future_times", "out_of_order", "gaps")}
 # A short life: less compiling, fewer tasks.
 QUICK = {
     "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
@@ -84,8 +84,8 @@ def dirty_rows(num_rows: int, *, strings: bool) -> pa.Table:
         "action": [e["action"] for e in events],
         "rating": [str(e["rating"]) for e in events],
     }
-    for name, value in (("user_id", ""), ("item_id", ""), ("timestamp", "x"), ("timestamp", "99999999999"),
-                        ("action", ""), ("rating", "")):  # fmt: skip
+    for name, value in (("user_id", ""), ("item_id", ""), ("item_id", "nan"), ("timestamp", "x"),
+                        ("timestamp", "99999999999"), ("action", ""), ("rating", "")):  # fmt: skip
         for row in rng.integers(40, num_rows, 4):
             columns[name][row] = value
     columns["timestamp"][:3] = "3", "3", "1"
@@ -165,7 +165,7 @@ def test_every_filter_and_every_policy(any_order, tmp_path, strings):
     stores = both(tmp_path / "drop", inputs, **settings, checks=checks)
     check_equal(*stores)
     figures = stores[3]
-    assert all(count > 0 for count in figures["checks"].values())
+    assert all(count > 0 for name, count in figures["checks"].items() if name != "wrong_clock")
     assert all(figures[f"dropped_{what}"] > 0 for what in ("events", "users", "items", "duplicates"))
     # Rare items share the unknown id, so there are such events.
     assert sum(stores[1].vocabulary("item").counts) < stores[1].num_events
@@ -195,6 +195,7 @@ def test_typed_files_of_one_day(spark, tmp_path):
     [
         ({310: ("timestamp", "never")}, {}, r"a\.csv: row 1: timestamp 'never' is not a number"),
         ({5: ("user_id", ""), 400: ("user_id", "")}, {}, r"b\.csv: row 6: user is empty \(null\)"),
+        ({5: ("item_id", "None")}, {}, r"b\.csv: row 6: item 'None' is what writers put for a missing id"),
         ({}, {"checks": {"duplicates": "fail"}}, r"duplicate events \(same user, time and event id\), the first of"),
         ({}, {"checks": {"out_of_order": "fail"}}, r"event at \d+ \(s\): out_of_order"),
         ({}, {"min_user_events": 10_000}, r"no users left of \d+ with \d+ events"),

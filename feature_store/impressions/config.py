@@ -11,6 +11,7 @@ from elastic_rec.feature_store.ingest import TimeUnit
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.times import parse_time_s
 
+_SHARE = re.compile(r"(\d+)%")
 STAGES = ("train", "valid", "test")
 # Columns of the table itself, and keys that batches add.
 RESERVED_NAMES = frozenset({"user_id", "timestamp", "candidates", "item", "bucket", "gap", "candidate", "seq"})
@@ -98,10 +99,15 @@ class ImpressionSplit:
     )
     test_time: str = field(default="90%", metadata={"help": "First moment of the test period, as valid_time."})
 
+    def __post_init__(self) -> None:
+        for key in ("valid_time", "test_time"):
+            if not _SHARE.fullmatch(str(getattr(self, key))):
+                parse_time_s(getattr(self, key), key=key)
+
     def range(self, stage: str, *, percentiles: list[int], time_unit: str) -> TimeRange:
         """percentiles: times of the impressions at 0, 1, ..., 100 %. Raises ValueError for times that make no split."""
-        valid = _moment(self.valid_time, percentiles, time_unit)
-        test = _moment(self.test_time, percentiles, time_unit)
+        valid = _moment(self.valid_time, "valid_time", percentiles, time_unit)
+        test = _moment(self.test_time, "test_time", percentiles, time_unit)
         if not valid < test:
             raise ValueError(
                 f"valid_time={self.valid_time} ({valid} {time_unit}) must be before test_time={self.test_time} "
@@ -110,9 +116,9 @@ class ImpressionSplit:
         return {"train": TimeRange(None, valid), "valid": TimeRange(valid, test), "test": TimeRange(test, None)}[stage]
 
 
-def _moment(text: str, percentiles: list[int], time_unit: str) -> int:
-    if share := re.fullmatch(r"(\d+)%", str(text)):
+def _moment(text: str, key: str, percentiles: list[int], time_unit: str) -> int:
+    if share := _SHARE.fullmatch(str(text)):
         if not 0 < int(share[1]) < 100:
-            raise ValueError(f"time '{text}': give more than 0% and less than 100%")
+            raise ValueError(f"{key} '{text}': give more than 0% and less than 100%")
         return percentiles[int(share[1])]
-    return parse_time_s(text) * UNITS_PER_SECOND[time_unit]
+    return parse_time_s(text, key=key) * UNITS_PER_SECOND[time_unit]

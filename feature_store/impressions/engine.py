@@ -13,15 +13,18 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.checks import NULL_WORDS
 from elastic_rec.feature_store.engine import SQL_TYPES
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.sources import id_sql, quote, time_sql
-from elastic_rec.feature_store.sql import bucket_sql, record_batches
+from elastic_rec.feature_store.sources import id_sql, quote
+from elastic_rec.feature_store.sql import bucket_sql, open_database, record_batches
 from elastic_rec.feature_store.store import Store
-from elastic_rec.feature_store.vocabulary import Vocabulary
+from elastic_rec.feature_store.time_columns import MOMENTS, stored_time_kind, time_sql, times_factor
+from elastic_rec.feature_store.times import iso_time, sensible_range_s, unit_advice
+from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 
 BATCH_IMPRESSIONS = 1 << 14
 
@@ -33,7 +36,7 @@ class ImpressionEngine:
         settings = {"memory_limit": memory_limit, "temp_directory": str(work / "spill")}
         if threads > 0:
             settings["threads"] = threads
-        self._db = duckdb.connect(str(work / "impressions.duckdb"), config=settings)
+        self._db = open_database(work / "impressions.duckdb", settings)
         self._config, self._store, self._memory_limit = config, store, memory_limit
         self._user_type = store.manifest["vocabularies"]["user"]["type"]
         self._item_type = store.manifest["vocabularies"]["item"]["type"]
@@ -66,6 +69,7 @@ class ImpressionEngine:
         if not count:
             raise DataError(f"{path}: no impressions (0 rows); remove it from input")
         self._check(path, first)
+        self._check_range(path, first, columns[self._config.timestamp_column][1])
         return count
 
     def context_type(self, column: str) -> str:
@@ -119,7 +123,7 @@ class ImpressionEngine:
         sql, kind, _ = columns[config.timestamp_column]
         given, kept = UNITS_PER_SECOND[config.timestamp_unit.value], UNITS_PER_SECOND[self._store.time_unit]
         time = time_sql(sql, kind, config.timestamp_unit.value)
-        staged.append(f"({time}) * {kept // given}" if kept >= given else f"({time}) // {given // kept}")
+        staged.append(times_factor(time, kept // given) if kept > given else f"({time}) // {given // kept}")
         sql, kind, is_list = columns[config.candidates_column]
         item = _cast_id("x", kind, self._item_type)
         one = f"list_transform({sql}, lambda x: {item})" if is_list else f"[{_cast_id(sql, kind, self._item_type)}]"
@@ -152,9 +156,14 @@ class ImpressionEngine:
             wrong = kind == "other" or (kind == "time" and name != config.timestamp_column)
             if wrong or (name in config.label_columns and kind == "text"):
                 raise DataError(f"{path}: impression column '{name}' is {type}, which cannot be used there; cast it")
+            if name == config.timestamp_column and pa.types.is_float32(type):
+                raise DataError(
+                    f"{path}: impression column '{name}' is {type} of 32 bits, which knows times to 64 or 128 s; write "
+                    "it as int64 or double, from a source that has every second"
+                )
             sql = '"' + name.replace('"', '""') + '"'
             if kind == "time":
-                sql = f"epoch_ns(CAST({sql} AS TIMESTAMP_NS))"
+                kind = stored_time_kind(str(path), local, name)
             if name in config.context_columns:
                 kind = "int64" if kind == "int64" else "string"
                 if self._context_types.get(name, kind) != kind:
@@ -168,7 +177,7 @@ class ImpressionEngine:
         )
         faults = {
             "user is empty, or no id of the store's type": "user_id IS NULL",
-            "timestamp is empty, negative, or no whole number of timestamp_unit": "timestamp IS NULL",
+            "timestamp is empty, negative, no time, or no whole number of timestamp_unit": "timestamp IS NULL",
             "there is no candidate": "candidates IS NULL OR len(candidates) = 0",
             "a candidate is empty, or no id of the store's type": "list_count(candidates) <> len(candidates)",
             "a label list is not as long as the candidates'": labels,
@@ -179,6 +188,7 @@ class ImpressionEngine:
                 raise DataError(f"{path}: impression in row {row - first + 1}: {fault}; drop or repair such rows")
         for name in self._config.label_columns:
             self._check_label(path, name, first)
+        self._check_null_words(path, first)
 
     def _check_label(self, path: Location, name: str, first: int) -> None:
         outside = f'list_filter("{name}", lambda x: x < 0 OR x > 1)'  # NaN counts as greater than all else
@@ -192,6 +202,46 @@ class ImpressionEngine:
             )
             raise DataError(
                 f"{path}: impression in row {row - first + 1}: label '{name}' is {value:g}, not from 0 to 1; {remedy}"
+            )
+
+    def _check_null_words(self, path: Location, first: int) -> None:
+        """DataError for text that means a missing id, unless the store has such an id."""
+        words = ", ".join(f"'{word}'" for word in NULL_WORDS)
+        ids = {
+            "user": (self._user_type, f"SELECT rowid AS row, user_id AS id FROM raw WHERE rowid >= {first}"),
+            "item": (
+                self._item_type,
+                "SELECT rowid AS row, unnest(candidates) AS id FROM raw "
+                f"WHERE rowid >= {first} AND list_has_any(candidates, [{words}])",
+            ),
+        }
+        for role, (type, rows) in ids.items():
+            found = f"SELECT id, min(row), count(*) FROM ({rows}) WHERE id IN ({words}) GROUP BY id ORDER BY 2"
+            for word, row, count in self._run(found) if type == "string" else ():
+                if self._store.vocabulary(role).encode(pa.array([word]))[0] == UNKNOWN:
+                    raise DataError(
+                        f"{path}: impression in row {row - first + 1}: {role} {word!r} is what writers put for a "
+                        f"missing id, {count} times in this file, and no {role} of the store; drop or repair such rows"
+                    )
+
+    def _check_range(self, path: Location, first: int, kind: str) -> None:
+        """DataError where a time cannot belong to the store, most likely because it is in another unit."""
+        kept, given = self._store.time_unit, self._config.timestamp_unit.value
+        low_s, high_s = sensible_range_s(*self._store.time_range_s())
+        outside = f"timestamp < {low_s * UNITS_PER_SECOND[kept]}"
+        outside += f" OR timestamp > {high_s * UNITS_PER_SECOND[kept]}" if high_s is not None else ""
+        ((row, time, count),) = self._run(
+            f"SELECT min(rowid), arg_min(timestamp, rowid), count(*) FROM raw WHERE rowid >= {first} AND ({outside})"
+        )
+        if count:
+            written, advice = "", "drop or repair such rows"
+            if kind not in MOMENTS:
+                number = time * UNITS_PER_SECOND[given] // UNITS_PER_SECOND[kept]
+                written = f" ({number} in timestamp_unit={given})"
+                advice = unit_advice(number, given, "impressions.timestamp_unit")
+            raise DataError(
+                f"{path}: impression in row {row - first + 1}: timestamp {iso_time(time // UNITS_PER_SECOND[kept])}"
+                f"{written} cannot belong to the events of this store, nor can {count - 1} more in this file; {advice}"
             )
 
     def _one(self, sql: str):

@@ -43,6 +43,7 @@ from elastic_rec.feature_store.spark.tasks import (
     write_buckets,
 )
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
+from elastic_rec.feature_store.times import iso_time
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
 TYPES = {"int64": LongType(), "string": StringType()}
@@ -60,7 +61,7 @@ class SparkEngine:
         self._roles, self._unit = roles, unit
         self._memory_limit, self._threads = memory_limit, threads
         # "One day from now" must be one moment, whenever and how often a task runs.
-        self._checks = replace(checks, future_after=str(checks.future_after_s()))
+        self._checks = replace(checks, future_after=iso_time(checks.future_after_s()))
         self._indexed = [role for role in roles if role not in ("timestamp", "event_id")]
         self._staged: list[DataFrame] = []
         self._numbers: dict[str, DataFrame] = {}
@@ -118,7 +119,7 @@ class SparkEngine:
 
     def clean(self) -> dict[str, int]:
         """As DuckEngine.clean; what single rows decide was done where they were read."""
-        found = {name: self._found[name] for name in ("null_ids", "bad_times", "future_times")}
+        found = dict(self._found)
         found["duplicates"] = self._duplicates()
         if self._checks.out_of_order is Policy.drop:
             before = Window.partitionBy("user").orderBy(SEQ).rowsBetween(Window.unboundedPreceding, -1)
