@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from elastic_rec.feature_store.datasets import DatasetUnavailable
+from elastic_rec.pipeline.endings import EXIT_UNAVAILABLE
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import EXIT_UNAVAILABLE, verb
+from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.plots import plot_run
 from elastic_rec.pipeline.schema import DemoConfig
 

@@ -95,7 +95,7 @@ class NextItemTask:
     def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, Iterator[PrefixBatch]]]:
         """All users once, in a fixed order, with their "valid" or "test" target (weight 0 where there is none). A batch
         of users comes in all its windows (`query_windows`)."""
-        for histories in self._reader(batch_size, shuffle=False).epoch(0):
+        for histories in self.world.pulse.pace(self._reader(batch_size, shuffle=False).epoch(0), stage):
             yield histories, self._batches(histories, stage)
 
     def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:

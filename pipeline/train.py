@@ -22,12 +22,14 @@ from elastic_rec.pipeline.world import World
 
 @verb("train", TrainConfig, distributed=True)
 def main(config: TrainConfig, world: World) -> dict:
+    config.run.resume |= world.pulse.remembers(config.run.dir)
     keep_generation(config)
     task = make_task(config, world=world)
     reader = task.train_reader()
     model = task.build_model()
     attach_table_optimisers(model, config.optim)
     run_dir = open_run(config, task=task, world=world)
+    world.pulse.remember(config.run.dir)  # an attempt after this one, torchrun --max-restarts=N, goes on
     model = shard(model, world=world, config=config.parallel, seed=config.run.seed)
     world.say(plan_table(model.plan))
     total_steps = planned_steps(config, reader.num_batches)

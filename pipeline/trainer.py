@@ -16,10 +16,12 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.cursor import Cursor
+from elastic_rec.pipeline import interrupts
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import NonFiniteError
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import set_step
+from elastic_rec.pipeline.pulse import AllStop
 from elastic_rec.pipeline.ranking_task import RankingBatch
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.world import World
@@ -28,7 +30,7 @@ from elastic_rec.pipeline.world import World
 @dataclass
 class Progress:
     """Where a run stands; saved with every checkpoint. epoch and batch name the next batch to train on; cursor is the
-    same for the reader, with the hash of what it reads."""
+    same for the reader, with the hash of what it reads. to_validate: the weights are to be validated before that."""
 
     step: int = 0
     epoch: int = 0
@@ -36,6 +38,7 @@ class Progress:
     best: float = float("-inf")
     best_step: int = 0
     bad_epochs: int = 0
+    to_validate: bool = False
     cursor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -87,15 +90,28 @@ class Trainer:
         return True
 
     def run(self) -> Progress:
-        """Train to the end, and return where it ended."""
+        """Train to the end, and return where it ended. Raises Interrupted after a signal, a checkpoint later."""
+        try:
+            with self.world.pulse.voting():
+                return self._run()
+        except AllStop:
+            self._save(is_best=False)
+            raise interrupts.Interrupted(
+                f"interrupted by {interrupts.requested() or 'a signal to another rank'} at step {self.progress.step}, "
+                "which is saved: go on with the same command and run.resume=true"
+            ) from None
+
+    def _run(self) -> Progress:
         optim, progress = self.config.optim, self.progress
-        while progress.step < self.total_steps and not self._out_of_patience():
-            self._train_epoch()
-            if progress.batch < self.num_batches:
-                self._save(is_best=False)  # max_steps fell inside the epoch
-                break
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+        while progress.to_validate or (progress.step < self.total_steps and not self._out_of_patience()):
+            if not progress.to_validate:
+                self._train_epoch()
+                if progress.batch < self.num_batches:
+                    self._save(is_best=False)  # max_steps fell inside the epoch
+                    break
+                progress.epoch, progress.batch, progress.to_validate = progress.epoch + 1, 0, True
             figures = self.validate()
+            progress.to_validate = False
             is_best = figures[self.metric] > progress.best
             progress.bad_epochs = 0 if is_best else progress.bad_epochs + 1
             if is_best:
@@ -134,9 +150,17 @@ class Trainer:
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0 and progress.batch < self.num_batches:
                 watch.check()
                 self._save(is_best=False)
+            self._beat(watch)
         watch.check()
         if hasattr(pipeline, "detach"):
             pipeline.detach()
+
+    def _beat(self, watch: LossWatch) -> None:
+        try:
+            self.world.pulse.beat(f"step {self.progress.step + 1}")
+        except AllStop:
+            watch.check()  # no checkpoint of broken weights
+            raise
 
     def _pipeline(self) -> TrainPipelineBase:
         kind = TrainPipelineSparseDist if self.config.run.pipelined else TrainPipelineBase
