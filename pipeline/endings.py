@@ -35,11 +35,12 @@ EXIT_USER = 2
 EXIT_UNAVAILABLE = 3
 EXIT_LOST_RANK = 4
 
+AGAIN = "run it again (train: with run.resume=true)"
 # errno -> what to do. What happened is the system's own text.
 REMEDIES = {
-    errno.ENOSPC: "free space on that disk or write elsewhere, then run the same command again",
-    errno.EDQUOT: "free some of your quota or write elsewhere, then run the same command again",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or write elsewhere, then run the same command again",
+    errno.ENOSPC: f"free space on that disk or write elsewhere, then {AGAIN}",
+    errno.EDQUOT: f"free some of your quota or write elsewhere, then {AGAIN}",
+    errno.EFBIG: f"raise the limit on file sizes (ulimit -f) or write elsewhere, then {AGAIN}",
     errno.EROFS: "that disk is mounted read-only: mount it writable, or write elsewhere",
     errno.EACCES: "give this user the right to it (chmod, chown), or name another path",
     errno.EPERM: "give this user the right to it (chmod, chown, chattr), or name another path",
@@ -53,9 +54,9 @@ REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.ELOOP: "links go in a circle: name another path",
     errno.EXDEV: "the path and its temporary files must be on one disk",
-    errno.ESTALE: "the network disk has lost the file: mount it again, then run the same command again",
+    errno.ESTALE: f"the network disk has lost the file: mount it again, then {AGAIN}",
     errno.EIO: "the disk cannot be read or written: look at the kernel's log (dmesg), copy the data to another disk",
-    errno.ENOTCONN: "the network disk is not connected: mount it again, then run the same command again",
+    errno.ENOTCONN: f"the network disk is not connected: mount it again, then {AGAIN}",
     errno.ETXTBSY: "another process runs or writes that file: wait for it, or name another path",
     errno.EBUSY: "another process uses it: wait for it, or name another path",
     errno.ENOLCK: "that disk cannot lock files: use a disk that can",
@@ -67,11 +68,14 @@ REMEDIES = {
     errno.EADDRINUSE: "another job uses that port: give torchrun another --master-port or --rdzv-endpoint",
     errno.EAGAIN: "the machine starts no more processes or threads: raise the limit (ulimit -u), or use fewer threads",
 }
+# Whatever met one of these, and whatever it took it for, they are the cause.
+_EXHAUSTED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)
 NO_MEMORY = (
     "out of memory{detail}; take a machine with more, or lower data.ingest.memory_limit and threads (ingest), "
     "optim.global_batch_size and data.max_history (train), batch_size, window and part_rows (evaluate, score)"
 )
-_TEXTS = {os.strerror(number): number for number in REMEDIES}
+# Longest first: "Too many open files in system" holds "Too many open files".
+_TEXTS = {os.strerror(number): number for number in sorted(REMEDIES, key=lambda n: -len(os.strerror(n)))}
 _PATH = re.compile(r"""["'](/[^"']+|[\w.+-]+://[^"']+)["']""")
 _MEMORY = re.compile(r"can't allocate memory|out of memory|std::bad_alloc|Cannot allocate memory|malloc of size", re.I)
 # What torch says in place of the system's error that its writer met.
@@ -88,7 +92,8 @@ def ending_of(error: BaseException) -> Ending | None:
     if isinstance(error, DatasetUnavailable):
         return Ending(EXIT_UNAVAILABLE, f"error: {error}")
     if isinstance(error, USER_ERRORS):
-        return Ending(EXIT_USER, f"error: {error}")
+        is_exhausted = any(_errno(cause, str(cause)) in _EXHAUSTED for cause in _causes(error))
+        return Ending(EXIT_USER, f"error: {(is_exhausted and explain(error)) or error}")
     if isinstance(error, interrupts.Interrupted):
         return Ending(interrupts.EXIT_INTERRUPTED, str(error))
     if (name := interrupts.requested()) or isinstance(error, KeyboardInterrupt):
@@ -101,10 +106,8 @@ def ending_of(error: BaseException) -> Ending | None:
 
 def explain(error: BaseException) -> str | None:
     """What the machine or a file lacks, and what to do, in one line; None where that is not what went wrong."""
-    for each in _causes(error):
+    for each in (causes := list(_causes(error))):
         text = " ".join(str(each).split())
-        if isinstance(each, USER_ERRORS):
-            return text
         if isinstance(each, MemoryError | pa.ArrowMemoryError | duckdb.OutOfMemoryException) or (
             isinstance(each, RuntimeError | OSError) and _MEMORY.search(text)
         ):
@@ -112,7 +115,7 @@ def explain(error: BaseException) -> str | None:
         if isinstance(each, yaml.YAMLError):
             return f"not readable as YAML: {text}; mend that file, or make it again"
         if (number := _errno(each, text)) is not None:
-            return _of_system(each, number, text)
+            return _of_system(each, number, text, places=[n for one in causes for n in getattr(one, "__notes__", ())])
         if isinstance(each, OSError | duckdb.IOException):
             return f"{text or type(each).__name__}: check the path, the disk and the network, then run it again"
     return None
@@ -173,10 +176,13 @@ def _errno(error: BaseException, text: str) -> int | None:
     return None
 
 
-def _of_system(error: BaseException, number: int, text: str) -> str:
+def _of_system(error: BaseException, number: int, text: str, *, places: list[str]) -> str:
+    """places: notes of the code that was writing (atomic_write.at_place), for errors that name no path."""
     path = getattr(error, "filename", None)
     if path is None and (found := _PATH.search(text)):
         path = found[1]
+    if path is None and places:
+        path = places[0]
     if (other := getattr(error, "filename2", None)) is not None:
         path = f"{path} -> {other}"
     what = os.strerror(number)

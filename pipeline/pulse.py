@@ -181,7 +181,7 @@ class Others:
         for rank in missing[:8]:
             silent_s = now - self.signed[rank][1]
             last = self.told[rank]
-            state = f"at {last['line']}" if silent_s < 5 else f"no sign of life for {silent_s:.0f} s"
+            state = f"at {last['line']}" if silent_s < LOST_S else f"no sign of life for {silent_s:.0f} s"
             told.append(f"rank {rank} has not arrived (last seen at {last['at']}, {state})")
         more = f", and {len(missing) - 8} more" if len(missing) > 8 else ""
         return ", ".join(told) + more

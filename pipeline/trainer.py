@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
+from elastic_rec.feature_store.atomic_write import at_place
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.cursor import Cursor
 from elastic_rec.pipeline import interrupts
@@ -150,7 +151,8 @@ class Trainer:
             if run.checkpoint_every and progress.step % run.checkpoint_every == 0 and progress.batch < self.num_batches:
                 watch.check()
                 self._save(is_best=False)
-            self._beat(watch)
+            if progress.batch < self.num_batches:
+                self._beat(watch)
         watch.check()
         if hasattr(pipeline, "detach"):
             pipeline.detach()
@@ -185,7 +187,8 @@ class Trainer:
     def _save(self, *, is_best: bool) -> None:
         self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
-        self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
+        with at_place(self.checkpoints.folder(self.progress.step)):
+            self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.optim.patience
