@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from elastic_rec.feature_store.atomic_write import at_place, sync
+from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.ingest import IngestConfig
@@ -68,8 +68,7 @@ def scratch_folder(root: Location) -> Iterator[Path]:
     folder = Path(root) / SCRATCH if root.is_local else Path(tempfile.mkdtemp(prefix="elastic-rec-"))
     folder.mkdir(exist_ok=not root.is_local)
     try:
-        with at_place(root if root.is_local else folder):
-            yield folder
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

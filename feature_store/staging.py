@@ -54,9 +54,7 @@ class LocalStaging:
         self._lock = lock_folder(self.root)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            error.add_note(str(self.out))
+    def __exit__(self, *exc_info: object) -> None:
         shutil.rmtree(self.root, ignore_errors=True)  # gone already after a commit
         if self._lock is not None:
             os.close(self._lock)
@@ -73,15 +71,13 @@ class LocalStaging:
         old_lock = lock_folder(self.out) if replaces else None
         if replaces and old_lock is None:
             raise DataError(f"{self.out}: an append or compaction is at work in it; wait for it and run again")
+        if replaces:
+            self.out.rename(old)
         try:
-            if replaces:
-                self.out.rename(old)
             self.root.rename(self.out)
-        except BaseException as error:  # an interrupt, too, must not leave `out` without a store
-            if replaces and old.exists() and not self.out.exists():
+        except OSError as error:
+            if replaces:
                 old.rename(self.out)
-            if not isinstance(error, OSError):
-                raise
             raise DataError(f"{self.out}: cannot be put in place ({error}); another ingest to the same out?") from error
         finally:
             if old_lock is not None:
@@ -120,9 +116,7 @@ class RemoteStaging:
         self.work.mkdir()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            error.add_note(str(self.root))
+    def __exit__(self, *exc_info: object) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def commit(self, content: dict) -> None:

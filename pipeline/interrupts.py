@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-GRACE_S = 10.0
+GRACE_S = 25.0  # torchrun and Kubernetes kill after 30
 # timeout(1), Slurm and torchrun may deliver one wish to end twice.
 SAME_SIGNAL_S = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -36,7 +36,7 @@ class Progress:
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    best: float = float("-inf")
+    best: float | None = None  # None: no validation yet
     best_step: int = 0
     bad_epochs: int = 0
     to_validate: bool = False
@@ -113,7 +113,7 @@ class Trainer:
                 progress.epoch, progress.batch, progress.to_validate = progress.epoch + 1, 0, True
             figures = self.validate()
             progress.to_validate = False
-            is_best = figures[self.metric] > progress.best
+            is_best = progress.best is None or figures[self.metric] > progress.best
             progress.bad_epochs = 0 if is_best else progress.bad_epochs + 1
             if is_best:
                 progress.best, progress.best_step = figures[self.metric], progress.step
