@@ -28,13 +28,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     aside = aside_of(path)
     try:
-        yield aside
-        sync(aside)
-        aside.replace(path)
+        with at_place(path):
+            yield aside
+            sync(aside)
+            aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def at_place(path: Any) -> Iterator[None]:
+    """Notes on an error inside what was being written: the system names no path where a write fails."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(str(path))
+        raise
 
 
 def aside_of(path: Path) -> Path:

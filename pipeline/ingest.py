@@ -12,6 +12,7 @@ python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=imp
 """
 
 from elastic_rec.feature_store.append import append
+from elastic_rec.feature_store.atomic_write import at_place
 from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impressions
 from elastic_rec.feature_store.generations import compact, rollback
 from elastic_rec.feature_store.impressions.ingest import ingest_impressions
@@ -31,6 +32,11 @@ MODES = {
 
 @verb("ingest", IngestVerbConfig)
 def main(config: IngestVerbConfig) -> dict:
+    with at_place(config.data.ingest.out):
+        return run(config)
+
+
+def run(config: IngestVerbConfig) -> dict:
     data, mode, files = config.data, config.data.ingest.mode, None
     if data.dataset.kind.name != "files" and mode in (IngestMode.create, IngestMode.impressions):
         files = prepare(data.dataset)

@@ -3,13 +3,12 @@
     @verb("train", TrainConfig, distributed=True)
     def main(config: TrainConfig, world: World) -> dict: ...
 
-Known mistakes of a user (DataError, ConfigError, CheckpointError) end as one message on stderr and exit code 2;
-a wrong or unknown config key is Hydra's own message and exit code 1; anything else is a traceback and exit code 1.
+What a verb cannot go on from, signals too, ends as one line on stderr and an exit code of endings.py; a wrong or
+unknown config key is Hydra's own message and exit code 1; a fault of the program is a traceback and exit code 1.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,13 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 import elastic_rec.configs
 from elastic_rec.feature_store.atomic_write import to_json
 from elastic_rec.feature_store.credentials import refuse_credentials
-from elastic_rec.feature_store.datasets import DatasetUnavailable
-from elastic_rec.feature_store.errors import DataError
-from elastic_rec.pipeline.errors import CheckpointError, ConfigError, NonFiniteError
+from elastic_rec.pipeline import interrupts
+from elastic_rec.pipeline.endings import end, ending_of
+from elastic_rec.pipeline.errors import ConfigError
 
 CONFIG_DIR = str(Path(elastic_rec.configs.__file__).parent.resolve())
-USER_ERRORS = (DataError, ConfigError, CheckpointError, NonFiniteError)
-EXIT_UNAVAILABLE = 3  # a public data set that no source offers right now
 
 
 def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
@@ -54,14 +51,18 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
                     run_in_world(main, config, report=_report)
                 else:
                     _report(main(config))
-            except USER_ERRORS as error:
-                _fail(error)
+            except BaseException as error:
+                _end(error)
+                raise
 
         command = hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name=name)(task)
 
         def checked() -> None:
+            interrupts.listen()
             try:
                 command()
+            except interrupts.Interrupted as error:  # before the config was composed
+                _end(error)
             except SystemExit as stop:
                 # Hydra has printed what is wrong with the config, but its advice (+key=value) does not help here.
                 if stop.code and not composed:
@@ -97,10 +98,8 @@ def strings_of(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from strings_of(value, f"{path}.{key}".removeprefix("."))
 
 
-def _fail(error: Exception) -> None:
-    rank = os.environ.get("RANK")
-    prefix = f"error [rank {rank}]" if rank is not None else "error"
-    print(f"{prefix}: {error}", file=sys.stderr, flush=True)
-    # Skip destroy_process_group: peers may be inside a collective; torchrun ends them when this rank exits.
-    sys.stdout.flush()
-    os._exit(EXIT_UNAVAILABLE if isinstance(error, DatasetUnavailable) else 2)
+def _end(error: BaseException) -> None:
+    """Ends the process, unless the error is a fault of the program."""
+    with interrupts.deferred():
+        if ending := ending_of(error):
+            end(ending)

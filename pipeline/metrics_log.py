@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from elastic_rec.feature_store.atomic_write import sync, to_json, write_text
+from elastic_rec.feature_store.atomic_write import at_place, sync, to_json, write_text
 from elastic_rec.pipeline.world import World
 
 SHOWN = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "ne")  # of a validation, on the screen
@@ -30,7 +30,7 @@ class MetricsLog:
     def write(self, kind: str, *, step: int, epoch: int, **figures) -> None:
         if not self.world.is_main:
             return
-        with self.path.open("a") as file:
+        with at_place(self.path), self.path.open("a") as file:
             file.write(to_json({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
         if self.board:
             for name, value in figures.items():

@@ -117,7 +117,8 @@ class RankingTask:
     def held_out(self, stage: str, *, batch_size: int, max_history: int = 0) -> Iterator[RankingBatch]:
         """All impressions of a stage once; batch_size: visits over all ranks. max_history: events an impression sees,
         exactly: it is then a visit of its own, for a tower shows an impression all events of its visit before it."""
-        for impressions in self._reader(stage, batch_size, shuffle=False, alone=max_history).epoch(0):
+        reader = self._reader(stage, batch_size, shuffle=False, alone=max_history)
+        for impressions in self.world.pulse.pace(reader.epoch(0), stage):
             yield RankingBatch.of(self.known(impressions))
 
     def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool, alone: int = 0) -> ImpressionReader:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -163,7 +164,8 @@ def asked_after(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator
 
 def lockstep(items: Iterator[Item], world: World) -> Iterator[Item | None]:
     """This rank's items, then None until every rank has run out."""
-    while True:
+    for number in count():
+        world.pulse.beat(f"batch {number} of a part")
         item = next(items, None)
         someone = torch.tensor(int(item is not None), device=world.device)
         dist.all_reduce(someone, op=dist.ReduceOp.MAX)

@@ -32,6 +32,7 @@ def main(config: TrainConfig, world: World) -> dict:
 
 
 def train(config: TrainConfig, world: World) -> dict:
+    config.run.resume |= world.pulse.remembers(config.run.dir)
     keep_generation(config)
     task = make_task(config, world=world)
     prepare(task)
@@ -39,6 +40,7 @@ def train(config: TrainConfig, world: World) -> dict:
     model = task.build_model()
     attach_table_optimisers(model, config.optim)
     with open_run(config, task=task, world=world) as run_dir:
+        world.pulse.remember(config.run.dir)  # an attempt after this one, torchrun --max-restarts=N, goes on
         return _train(config, world, run_dir=run_dir, task=task, reader=reader, model=model)
 
 

@@ -16,13 +16,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
+from elastic_rec.feature_store.atomic_write import at_place
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.cursor import Cursor
+from elastic_rec.pipeline import interrupts
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import NonFiniteError
 from elastic_rec.pipeline.finite import require_finite_state
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import set_step
+from elastic_rec.pipeline.pulse import AllStop
 from elastic_rec.pipeline.ranking_task import RankingBatch
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.world import World
@@ -31,7 +34,7 @@ from elastic_rec.pipeline.world import World
 @dataclass
 class Progress:
     """Where a run stands; saved with every checkpoint. epoch and batch name the next batch to train on; cursor is the
-    same for the reader, with the hash of what it reads."""
+    same for the reader, with the hash of what it reads. to_validate: the weights are to be validated before that."""
 
     step: int = 0
     epoch: int = 0
@@ -39,6 +42,7 @@ class Progress:
     best: float | None = None  # None: no validation has given a figure
     best_step: int | None = None
     bad_epochs: int = 0
+    to_validate: bool = False
     cursor: dict[str, Any] = field(default_factory=dict)
 
 
@@ -92,18 +96,33 @@ class Trainer:
     def run(self) -> Progress:
         """Train to the end, and return where it ended.
 
-        Raises NonFiniteError for a loss, weight, query or score that is no number; what it names is in no checkpoint.
+        Raises Interrupted after a signal, a checkpoint later. Raises NonFiniteError for a loss, weight, query or score
+        that is no number; what it names is in no checkpoint.
         """
-        optim, progress = self.config.optim, self.progress
-        while progress.step < self.total_steps and not self._out_of_patience():
-            with self._last_checkpoint_named():
-                self._train_epoch()
-                is_whole = progress.batch == self.num_batches  # else max_steps fell inside the epoch
-                if is_whole:
-                    progress.epoch, progress.batch = progress.epoch + 1, 0
+        with self._last_checkpoint_named():
+            try:
+                with self.world.pulse.voting():
+                    return self._run()
+            except AllStop:
                 self._require_finite()
-                figures = self.validate()
-            self._judge(figures.get(self.metric), is_whole=is_whole)
+                self._save()
+                raise interrupts.Interrupted(
+                    f"interrupted by {interrupts.requested() or 'a signal to another rank'} at step "
+                    f"{self.progress.step}, which is saved: go on with the same command and run.resume=true"
+                ) from None
+
+    def _run(self) -> Progress:
+        optim, progress = self.config.optim, self.progress
+        while progress.to_validate or (progress.step < self.total_steps and not self._out_of_patience()):
+            if not progress.to_validate:
+                self._train_epoch()
+                progress.to_validate = True
+                if progress.batch == self.num_batches:  # else max_steps fell inside the epoch
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._require_finite()
+            figures = self.validate()
+            progress.to_validate = False
+            self._judge(figures.get(self.metric), is_whole=progress.batch == 0)
             self.log.write("valid", step=progress.step, epoch=progress.epoch, **figures)
             self._save()
         if self._out_of_patience():
@@ -152,6 +171,8 @@ class Trainer:
                 watch.check()
                 self._require_finite()
                 self._save()
+            if progress.batch < self.num_batches:
+                self._beat(watch)
         watch.check()
         if hasattr(pipeline, "detach"):
             pipeline.detach()
@@ -161,6 +182,13 @@ class Trainer:
         every = self.config.run.checkpoint_every
         is_last = progress.batch == self.num_batches or progress.step == self.total_steps
         return bool(every) and progress.step % every == 0 and not is_last
+
+    def _beat(self, watch: LossWatch) -> None:
+        try:
+            self.world.pulse.beat(f"step {self.progress.step + 1}")
+        except AllStop:
+            watch.check()  # no checkpoint of broken weights
+            raise
 
     def _require_finite(self) -> None:
         """Refuse to validate or save broken weights: an update after a finite loss can overflow. Collective."""
@@ -204,7 +232,8 @@ class Trainer:
         self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
         self.log.sync()
-        self.checkpoints.save(self.model, self.optimiser, saved, best_step=self.progress.best_step)
+        with at_place(self.checkpoints.folder(self.progress.step)):
+            self.checkpoints.save(self.model, self.optimiser, saved, best_step=self.progress.best_step)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.optim.patience
