@@ -88,7 +88,7 @@ def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
 
 def output_of(command: list[str]) -> str:
     """Run a command that must succeed; returns its stdout."""
-    done = subprocess.run(command, capture_output=True, text=True, env=_env(), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[:8000]
     return done.stdout
 
