@@ -20,8 +20,9 @@ from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy, duplicat
 from elastic_rec.feature_store.contents import write_sorted
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.inputs import check_entries
 from elastic_rec.feature_store.progress import progress
-from elastic_rec.feature_store.sources import Source, check_same_kinds, id_sql, open_source, time_sql
+from elastic_rec.feature_store.sources import Source, check_same_kinds, open_source, rewrite, time_sql
 from elastic_rec.feature_store.sql import bucket_sql, record_batches
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
@@ -78,13 +79,14 @@ class DuckEngine:
             entries.append(self.load_input(path, format=format, columns=columns))
             bar.update(1)
         bar.close()
+        check_entries(entries)
         return entries
 
     def load_input(self, path: Location, *, format: str, columns: dict[str, str]) -> dict:
         """One file of load_inputs. A file that is not on the local disk is copied there while it is read."""
         self._is_typed = format == "parquet"
         local = path.fetch(self._work / "input")
-        source = open_source(path, local, format=format, columns=columns)
+        source = open_source(path, local, format=format, columns=columns, work=self._work)
         entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
         # What an append knows an input by: its bytes, not its name.
         entry["sha256"] = open_location(local).digest()
@@ -102,6 +104,8 @@ class DuckEngine:
     def _load(self, source: Source) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
+        if source.is_empty:
+            return 0
         if not self._kinds:
             self.expect_kinds(source.kinds, first=str(source.path))
         check_same_kinds(source, self._kinds, self._first)
@@ -111,9 +115,7 @@ class DuckEngine:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(f"{source.path}: cannot be read: {_shortened(error)}") from error
-        if count == 0:
-            raise DataError(f"{source.path}: no events (a header only); remove it from input")
+            raise DataError(f"{source.path}: cannot be read: {_shortened(error)}{_advice(source, error)}") from error
         self._check(source, count)
         self._num_loaded += count
         return count
@@ -308,7 +310,7 @@ class DuckEngine:
     def _staged_sql(self, source: Source, role: str) -> str:
         if role == "timestamp":
             return time_sql(source.raw[role], source.kinds[role], self._unit)
-        return id_sql(source.raw[role], source.kinds[role])
+        return source.ids[role]
 
     def _value(self, role: str) -> str:
         return f'CAST(raw."{role}" AS {SQL_TYPES[self._types[role]]})'
@@ -347,7 +349,8 @@ class DuckEngine:
         if value is None or value == "":
             raise DataError(f"{where} is empty (null); drop or repair such rows{others}")
         if role != "timestamp":
-            raise DataError(f"{where} {value!r} does not fit int64; write it as a string{others}")
+            exactly = "" if isinstance(value, int) else " exactly"
+            raise DataError(f"{where} {value!r} does not fit int64{exactly}; write it as a string{others}")
         raise DataError(f"{where} {value!r} {_time_fault(value, source.kinds[role], self._unit)}{others}")
 
     def _one(self, sql: str) -> int | str | None:
@@ -373,6 +376,19 @@ def _time_fault(value: object, kind: str, unit: str) -> str:
     if number != int(number):
         return f"is fractional in timestamp_unit={unit}; multiply by 1000 and set timestamp_unit={finer}"
     return "does not fit int64; check timestamp_unit"
+
+
+def _advice(source: Source, error: Exception) -> str:
+    text = str(error)
+    if "not utf-8" in text:
+        return f"\nSave it as UTF-8: iconv -f LATIN1 -t UTF-8 {source.path}"
+    if "invalid UTF8" in text:
+        return "\nA column of bytes is read as text; where it holds none, hex() makes text of it. " + rewrite(
+            source.path, "* REPLACE (hex(NAME) AS NAME)"
+        )
+    if "quote=''" in source.scan and "Expected Number of Columns" in text:
+        return "\nTSV has no quotes: where this file has them round its fields, set format=csv"
+    return ""
 
 
 def _shortened(error: Exception) -> str:

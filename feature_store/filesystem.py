@@ -11,8 +11,6 @@ Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), nev
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
 import os
 import posixpath
@@ -72,6 +70,10 @@ class Location:
     def is_dir(self) -> bool:
         """On an object store: is there anything below it."""
         return self._info().type == pafs.FileType.Directory
+
+    def size(self) -> int:
+        """Bytes of this file."""
+        return self._info().size
 
     def sizes(self, names: list[str]) -> list[int | None]:
         """Bytes of files below this folder, asked for at once; None where there is no such file."""
@@ -170,21 +172,3 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     except (ValueError, ImportError, OSError) as error:
         raise DataError(f"{text}: no file system for it ({error}); check the scheme, or install its fsspec") from error
     return Location(text, path, filesystem)
-
-
-def find_files(pattern: str) -> list[Location]:
-    """Files that match a glob (`*`, `?`, `[...]`, `**` for any folders), sorted by path; as glob.glob does locally."""
-    if "://" not in pattern:
-        return [open_location(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
-    parts = pattern.split("/")
-    wild = next((i for i, part in enumerate(parts) if WILDCARD.search(part)), len(parts))
-    root = open_location("/".join(parts[:wild]))
-    return [file for file in root.files() if _matches(file.url.split("/")[wild:], parts[wild:])]
-
-
-def _matches(path: list[str], pattern: list[str]) -> bool:
-    if not pattern or not path:
-        return not pattern and not path
-    if pattern[0] == "**":
-        return _matches(path, pattern[1:]) or _matches(path[1:], pattern)
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])

@@ -16,9 +16,10 @@ from feature_store_reference import (
 from elastic_rec.feature_store import staging
 from elastic_rec.feature_store.append import append
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import find_files, open_location
+from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.generations import compact, publish, rollback
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
 
@@ -93,7 +94,7 @@ def test_input_comes_from_there_too(place, tmp_path):
         ingest(IngestConfig(input=[f"{place}/bad.csv"], out=str(tmp_path / "t")))
     with pytest.raises(DataError, match="no file matches"):
         ingest(IngestConfig(input=[f"{place}/none-*.csv"], out=str(tmp_path / "t")))
-    assert [f.name for f in find_files(f"{place}/*.csv")] == ["bad.csv"]
+    assert [f.name for f in find_inputs([f"{place}/*.csv"], format="auto")[0]] == ["bad.csv"]
 
 
 def test_an_overwrite_cut_off_before_its_manifest_leaves_the_old_store(place, tmp_path, monkeypatch):
