@@ -22,7 +22,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.inputs import check_entries
 from elastic_rec.feature_store.progress import progress
-from elastic_rec.feature_store.sources import Source, check_same_kinds, open_source, rewrite, time_sql
+from elastic_rec.feature_store.sources import Source, check_same_kinds, open_source, time_sql, unreadable
 from elastic_rec.feature_store.sql import bucket_sql, record_batches
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
@@ -90,7 +90,7 @@ class DuckEngine:
         entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
         # What an append knows an input by: its bytes, not its name.
         entry["sha256"] = open_location(local).digest()
-        entry["events"] = self._load(source)
+        entry["events"] = self._load(source, format)
         if not path.is_local:
             local.unlink()
         return entry
@@ -101,7 +101,7 @@ class DuckEngine:
         columns = (f'"{r}" {"BIGINT" if r == "timestamp" or kinds[r] == "int64" else "VARCHAR"}' for r in self._roles)
         self._run(f"CREATE TABLE raw ({', '.join(columns)})")
 
-    def _load(self, source: Source) -> int:
+    def _load(self, source: Source, format: str) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
         if source.is_empty:
@@ -109,16 +109,27 @@ class DuckEngine:
         if not self._kinds:
             self.expect_kinds(source.kinds, first=str(source.path))
         check_same_kinds(source, self._kinds, self._first)
-        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
         try:
-            ((count,),) = self._run(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+            count = self._insert(source)
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(f"{source.path}: cannot be read: {_shortened(error)}{_advice(source, error)}") from error
+            raise DataError(unreadable(source.path, error, is_tsv=format == "tsv")) from error
         self._check(source, count)
         self._num_loaded += count
         return count
+
+    def _insert(self, source: Source) -> int:
+        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
+        try:
+            return self._one(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error:
+            num_rows = source.quoted.num_rows() if source.quoted else None
+            if num_rows is None or self._one(f"SELECT count(*) FROM {source.quoted.scan}") != num_rows:
+                raise
+            return self._one(f"INSERT INTO raw SELECT {values} FROM {source.quoted.scan}")
 
     def _check(self, source: Source, count: int) -> None:
         """Counts the last `count` rows, those of source, that fail a check."""
@@ -336,7 +347,8 @@ class DuckEngine:
         needed = [role for role in self._roles if role in roles]
         others = f" ({more} more such rows in this file; checks.{check}=drop drops them)"
         values = ", ".join([*(source.raw[r] for r in needed), *(f"({self._staged_sql(source, r)})" for r in needed)])
-        (found,) = self._run(f"SELECT {values} FROM {source.scan} LIMIT 1 OFFSET {row}")
+        scan = source.quoted.scan if source.quoted else source.scan
+        (found,) = self._run(f"SELECT {values} FROM {scan} LIMIT 1 OFFSET {row}")
         raw, staged = found[: len(needed)], found[len(needed) :]
         where = f"{source.path}: row {row + 1}:"
         if check == "future_times":
@@ -376,22 +388,3 @@ def _time_fault(value: object, kind: str, unit: str) -> str:
     if number != int(number):
         return f"is fractional in timestamp_unit={unit}; multiply by 1000 and set timestamp_unit={finer}"
     return "does not fit int64; check timestamp_unit"
-
-
-def _advice(source: Source, error: Exception) -> str:
-    text = str(error)
-    if "not utf-8" in text:
-        return f"\nSave it as UTF-8: iconv -f LATIN1 -t UTF-8 {source.path}"
-    if "invalid UTF8" in text:
-        return "\nA column of bytes is read as text; where it holds none, hex() makes text of it. " + rewrite(
-            source.path, "* REPLACE (hex(NAME) AS NAME)"
-        )
-    if "quote=''" in source.scan and "Expected Number of Columns" in text:
-        return "\nTSV has no quotes: where this file has them round its fields, set format=csv"
-    return ""
-
-
-def _shortened(error: Exception) -> str:
-    """What DuckDB says is wrong, without its own options for it, and without megabytes of the line at fault."""
-    lines = str(error).strip().splitlines()[:4]
-    return "\n".join(line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines)

@@ -198,7 +198,7 @@ def _common_format(paths: list[Location]) -> str:
         more = f" ({len(unknown) - 1} more such files)" if len(unknown) > 1 else ""
         raise DataError(
             f"{unknown[0]}: format unknown from its name{more}; set format to csv, tsv or parquet (for all files), or "
-            "name the files to read, by a glob such as /logs/**/*.csv"
+            "give what is no data a name that begins with _"
         )
     if len(set(formats.values())) > 1:
         one, *_, other = sorted(formats, key=lambda p: formats[p])

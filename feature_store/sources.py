@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,19 +24,39 @@ from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.inputs import codec, partition_values
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 
-DELIMITERS = {"csv": (",", ";", "\t", "|"), "tsv": ("\t",)}  # the first one with which the header has all columns
+# Of these the one with which the header has most of the columns; the first where several do.
+DELIMITERS = {"csv": (",", ";", "\t", "|"), "tsv": ("\t",)}
 QUOTES = {"csv": '"', "tsv": ""}
-HEADER_BYTES = 1 << 20
+LINE_BYTES = 1 << 21  # of which DuckDB takes no more
 # Whole numbers below this one are exact in a float; above it two ids may have become one.
 EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
 NAMED_ROLES = ("user", "item", "timestamp", "event_id")
 
 
 @dataclass(frozen=True)
+class QuotedText:
+    """CSV for DuckDB's serial parser. The parallel one begins in the middle of a file, where it fails in long quoted
+    texts with line breaks; the serial one takes them, but loses a last row whose quote is not closed."""
+
+    file: Path
+    delimiter: str
+    scan: str
+
+    def num_rows(self) -> int | None:
+        """As Python counts them; None where a quote is not closed."""
+        csv.field_size_limit(LINE_BYTES)
+        try:
+            with self.file.open(newline="", encoding="utf-8-sig") as file:
+                return sum(1 for row in csv.reader(file, delimiter=self.delimiter, strict=True) if row) - 1
+        except (csv.Error, UnicodeDecodeError):
+            return None
+
+
+@dataclass(frozen=True)
 class Source:
     """One input file. path: as messages name it. scan: SQL table function. raw: column -> SQL of the value as it
     stands in the file. ids: the same as an id, all columns but timestamp. kinds: column -> "int64" | "text" | "float" |
-    "time" (the last two are times in Parquet). is_empty: known to have no rows."""
+    "time" (the last two are times in Parquet). is_empty: known to have no rows. quoted: of CSV."""
 
     path: Location
     scan: str
@@ -43,6 +64,7 @@ class Source:
     ids: dict[str, str]
     kinds: dict[str, str]
     is_empty: bool = False
+    quoted: QuotedText | None = None
 
 
 def column_settings(columns: dict[str, str]) -> dict[str, str]:
@@ -157,6 +179,22 @@ def rewrite(path: Location, columns: str) -> str:
     return f"DuckDB: COPY (SELECT {columns} FROM '{path}') TO 'mended.parquet'"
 
 
+def unreadable(path: Location, error: duckdb.Error, *, is_tsv: bool = False) -> str:
+    """What DuckDB says is wrong, without its own options for it and without megabytes of the line at fault; and what
+    to do."""
+    text, advice = str(error), ""
+    if "not utf-8" in text:
+        advice = f"\nSave it as UTF-8: iconv -f LATIN1 -t UTF-8 {path}"
+    elif "invalid UTF8" in text:
+        advice = "\nA column of bytes is read as text; where it holds none, hex() makes text of it. "
+        advice += rewrite(path, "* REPLACE (hex(NAME) AS NAME)")
+    elif is_tsv and "Expected Number of Columns" in text:
+        advice = "\nTSV has no quotes: where this file has them round its fields, set format=csv"
+    lines = [line for line in text.split("\nPossible ")[0].splitlines() if line.strip()][:4]
+    short = [line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines]
+    return f"{path}: cannot be read: " + "\n".join(short) + advice
+
+
 def quote(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
@@ -182,25 +220,26 @@ def _open_text(path: Location, local: Path, format: str, columns: dict[str, str]
     names = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(header)))
     scan = (
         f"read_csv({quote(glob.escape(str(local)))}, delim={quote(delimiter)}, quote='{QUOTES[format]}', "
-        f"escape='{QUOTES[format]}', header=true, auto_detect=false, columns={{{names}}})"
+        f"escape='{QUOTES[format]}', header=true, auto_detect=false, columns={{{names}}}, parallel="
     )
     ids = {role: id_sql(value, "text") for role, value in raw.items() if role != "timestamp"}
-    return Source(path, scan, raw, ids, dict.fromkeys(columns, "text"))
+    quoted = QuotedText(local, delimiter, f"{scan}false)") if QUOTES[format] else None
+    return Source(path, f"{scan}true)", raw, ids, dict.fromkeys(columns, "text"), quoted=quoted)
 
 
 def _read_header(path: Location, local: Path, format: str, columns: dict[str, str]) -> tuple[list[str], str]:
-    """(names, delimiter); DataError where no delimiter gives any of the columns."""
+    """(names, delimiter); DataError where no delimiter gives one of the columns."""
     quoting = csv.QUOTE_MINIMAL if QUOTES[format] else csv.QUOTE_NONE
     try:
         with local.open("rb") as file:
-            line = file.readline(HEADER_BYTES).decode("utf-8-sig")
+            line = file.readline(LINE_BYTES).decode("utf-8-sig")
         headers = {d: next(csv.reader([line], delimiter=d, quoting=quoting), []) for d in DELIMITERS[format]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
     wanted = set(columns.values()) - set(partition_values(path))
-    delimiter = next((d for d in headers if wanted <= set(headers[d])), DELIMITERS[format][0])
+    delimiter = max(headers, key=lambda d: len(wanted & set(headers[d])))
     header = headers[delimiter]
-    if any(wanted & set(names) for names in headers.values()) or not wanted:
+    if wanted & set(header):
         return header, delimiter
     role, name = next((role, name) for role, name in columns.items() if name in wanted)
     advice = f"Set {column_settings(columns)[role]}, or write the names into a first line if the file has none"

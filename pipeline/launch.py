@@ -99,9 +99,9 @@ def _quoted(value: str) -> str:
 
 
 def _is_plain(parser: OverridesParser, argument: str) -> bool:
-    """Does it give one value? A comma outside of a list makes a sweep, which no verb has."""
+    """Does it give one value? A comma outside of a list makes a sweep, which a path with a comma was not meant for."""
     try:
-        return not parser.parse_override(argument).is_sweep_override()
+        return not (parser.parse_override(argument).is_sweep_override() and "/" in argument)
     except HydraException:
         return False
 

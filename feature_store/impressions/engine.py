@@ -28,6 +28,7 @@ from elastic_rec.feature_store.sources import (
     rewrite,
     text_sql,
     time_sql,
+    unreadable,
     whole_sql,
 )
 from elastic_rec.feature_store.sql import bucket_sql, record_batches
@@ -106,7 +107,7 @@ class ImpressionEngine:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(f"{path}: cannot be read: {str(error).strip()}") from error
+            raise DataError(unreadable(path, error)) from error
         self._check(path, first)
         return count
 
