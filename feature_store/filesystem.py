@@ -17,6 +17,7 @@ import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -116,7 +117,8 @@ class Location:
     def replace(self, content: bytes) -> None:
         """Whoever reads the file, now or after a crash, finds the old content or the new one whole."""
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as file:
+            # Arrow would pack it where the name ends in .gz or the like.
+            with self.filesystem.open_output_stream(self.path, compression=None) as file:
                 file.write(content)
             return
         write_bytes(Path(self.path), content)
@@ -163,7 +165,7 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     text = text.rstrip("/")
     try:
         if scheme in _ARROW_SCHEMES:
-            filesystem, path = pafs.FileSystem.from_uri(text)
+            filesystem, path = pafs.FileSystem.from_uri(_escaped(text))
         else:
             import fsspec
 
@@ -172,3 +174,11 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     except (ValueError, ImportError, OSError) as error:
         raise DataError(f"{text}: no file system for it ({error}); check the scheme, or install its fsspec") from error
     return Location(text, path, filesystem)
+
+
+def _escaped(url: str) -> str:
+    """Names in an object store are given as they are; Arrow wants them as in a URL ("%C3%A4" for an umlaut)."""
+    scheme, _, rest = url.partition("://")
+    place, separator, options = rest.partition("?")
+    bucket, slash, path = place.partition("/")
+    return f"{scheme}://{bucket}{slash}{quote(path)}{separator}{options}"

@@ -10,6 +10,7 @@ a wrong or unknown config key is Hydra's own message and exit code 1; anything e
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def quoting_advice(arguments: list[str]) -> str:
 def _quoted(value: str) -> str:
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value) + '"'
 
 
 def _is_plain(parser: OverridesParser, argument: str) -> bool:
