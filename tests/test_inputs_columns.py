@@ -1,5 +1,6 @@
 """Types of columns and names of folders: ids of every type mean what they say, or are refused with the way out."""
 
+import shutil
 import uuid
 from decimal import Decimal
 from pathlib import Path
@@ -161,12 +162,34 @@ def test_impressions_take_the_same_ids(tmp_path, values, want):
     values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
     lists = pa.ListArray.from_arrays(pa.array([0, 2, 4], pa.int32()), pa.concat_arrays([values, values]))
     table = pa.table({"user_id": [1.0, 1.0], "timestamp": [5, 6], "shown": lists, "y": pa.array([[0.0, 1.0]] * 2)})
-    table = table.append_column("shown2", pa.array([1, 2]))
-    file = write(tmp_path / "in/dt=x/000000_0", table)
-    empty = write(tmp_path / "in/dt=w/000000_0", table.slice(0, 0))
+    write(tmp_path / "in/dt=x/000000_0", table)
+    write(tmp_path / "in/dt=w/000000_0", table.slice(0, 0))
     found = shown(tmp_path, tmp_path / "in", context=["dt"])
     assert found.num_rows == 2 and found.vocabulary("dt").ids.to_pylist() == ["x"]
     (data,) = (tmp_path / "s/impressions").glob("bucket=*/*.parquet")
     stored = pq.read_table(data, partitioning=None)["candidates"].to_pylist()
     assert [store.vocabulary("item").decode([c["item"] for c in row]).to_pylist() for row in stored] == [want, want]
-    assert empty.exists() and file.exists()
+
+
+def test_impressions_are_read_whole_or_refused(tmp_path):
+    made(tmp_path, write(tmp_path / "p.parquet", events()))
+
+    def day(name: str, items: list, user: object = 1) -> Path:
+        columns = {"user_id": [user], "timestamp": [5], "y": [[0.0] * len(items)], "shown": [items], "SHOWN": [[0]]}
+        return write(tmp_path / name, pa.table(columns))
+
+    assert shown(tmp_path, day("a", [1, 2]), day("b", [2, 1], "1"), context=[]).num_rows == 2
+    for items, user in (([1, 2.5], 1), (["1", "1.6"], 1), ([1, 2], "1.6"), ([1, 2], 1.5)):
+        with pytest.raises(DataError, match=r"c: impression in row 1: .*no id of the store's type"):
+            shown(tmp_path, day("c", items, user), context=[])
+    with pytest.raises(DataError, match=r"copy\.parquet: the same bytes as .*/a; each row would be counted twice"):
+        shown(tmp_path, tmp_path / "a", Path(shutil.copy(tmp_path / "a", tmp_path / "copy.parquet")), context=[])
+    with pytest.raises(DataError, match=r"impression column 'shown' is list<.*struct.*REPLACE"):
+        shown(tmp_path, day("d", [{"id": 1}]), context=[])
+    with pytest.raises(DataError, match=r"'y' is missing; it has: .*\. Set label_columns"):
+        shown(tmp_path, write(tmp_path / "e", events()), context=[])
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/f.csv").write_text("user_id,timestamp,shown,y\n")
+    with pytest.raises(DataError, match=r"f\.csv: is named csv, but parquet is to be read"):
+        shown(tmp_path, tmp_path / "log", context=[])
+    assert ImpressionTable(Store.open(tmp_path / "s")).num_rows == 2  # the table before stays
