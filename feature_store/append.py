@@ -20,10 +20,10 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.generations import append_folder, next_generation, publish, writing
 from elastic_rec.feature_store.ingest import IngestConfig, TimeUnit
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.manifest import check_digest, put_in_place
 from elastic_rec.feature_store.merge import MergeEngine
 from elastic_rec.feature_store.progress import peak_memory_bytes
-from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST
 
@@ -100,16 +100,15 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
 
 def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
-    taken = base.manifest["source"]["files"]
+    taken = [entry for entry in base.manifest["source"]["files"] if entry["events"]]
     known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, generation {entry['generation']}" for entry in taken}
+    sizes = {entry["bytes"] for entry in taken}
     for path in paths:
-        digest = path.digest()
-        if digest in known:
+        if path.size() in sizes and (digest := path.digest()) in known:
             raise DataError(
                 f"{path}: the same bytes were taken before ({known[digest]}); nothing was appended. To append such "
                 "events once more and so double them: force=true"
             )
-        known[digest] = f"{path}, this append"
 
 
 class Merged(NamedTuple):

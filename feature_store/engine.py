@@ -21,8 +21,9 @@ from elastic_rec.feature_store.contents import write_sorted
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.file_clock import FileClock, clock_fault, clock_sql
 from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.inputs import check_entries
 from elastic_rec.feature_store.progress import progress
-from elastic_rec.feature_store.sources import Source, check_same_kinds, id_sql, open_source
+from elastic_rec.feature_store.sources import Source, check_same_kinds, open_source, unreadable
 from elastic_rec.feature_store.sql import bucket_sql, open_database, record_batches
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.time_columns import time_fault, time_sql, time_text_sql
@@ -79,17 +80,18 @@ class DuckEngine:
             entries.append(self.load_input(path, format=format, columns=columns))
             bar.update(1)
         bar.close()
+        check_entries(entries)
         return entries
 
     def load_input(self, path: Location, *, format: str, columns: dict[str, str]) -> dict:
         """One file of load_inputs. A file that is not on the local disk is copied there while it is read."""
         self._is_typed = format == "parquet"
         local = path.fetch(self._work / "input")
-        source = open_source(path, local, format=format, columns=columns)
+        source = open_source(path, local, format=format, columns=columns, work=self._work)
         entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
         # What an append knows an input by: its bytes, not its name.
         entry["sha256"] = open_location(local).digest()
-        entry["events"] = self._load(source)
+        entry["events"] = self._load(source, format)
         if not path.is_local:
             local.unlink()
         return entry
@@ -102,24 +104,35 @@ class DuckEngine:
         columns = (f'"{r}" {"BIGINT" if r == "timestamp" or kinds[r] == "int64" else "VARCHAR"}' for r in self._roles)
         self._run(f"CREATE TABLE raw ({', '.join(columns)})")
 
-    def _load(self, source: Source) -> int:
+    def _load(self, source: Source, format: str) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
+        if source.is_empty:
+            return 0
         if not self._kinds:
             self.expect_kinds(source.kinds, first=str(source.path))
         check_same_kinds(source, self._kinds, self._first)
-        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
         try:
-            ((count,),) = self._run(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+            count = self._insert(source)
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(f"{source.path}: cannot be read: {_shortened(error)}") from error
-        if count == 0:
-            raise DataError(f"{source.path}: no events (a header only); remove it from input")
+            raise DataError(unreadable(source.path, error, is_tsv=format == "tsv")) from error
         self._check(source, count)
         self._num_loaded += count
         return count
+
+    def _insert(self, source: Source) -> int:
+        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
+        try:
+            return self._one(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error:
+            num_rows = source.quoted.num_rows() if source.quoted else None
+            if num_rows is None or self._one(f"SELECT count(*) FROM {source.quoted.scan}") != num_rows:
+                raise
+            return self._one(f"INSERT INTO raw SELECT {values} FROM {source.quoted.scan}")
 
     def _check(self, source: Source, count: int) -> None:
         """Counts the last `count` rows, those of source, that fail a check."""
@@ -324,7 +337,7 @@ class DuckEngine:
     def _staged_sql(self, source: Source, role: str) -> str:
         if role == "timestamp":
             return time_sql(source.raw[role], source.kinds[role], self._unit)
-        return id_sql(source.raw[role], source.kinds[role])
+        return source.ids[role]
 
     def _value(self, role: str) -> str:
         return f'CAST(raw."{role}" AS {SQL_TYPES[self._types[role]]})'
@@ -351,7 +364,8 @@ class DuckEngine:
         others = f" ({more} more such rows in this file; checks.{check}=drop drops them)"
         quoted = [time_text_sql(source.raw[r], source.kinds[r]) for r in needed]
         values = ", ".join([*quoted, *(f"({self._staged_sql(source, r)})" for r in needed)])
-        (found,) = self._run(f"SELECT {values} FROM {source.scan} LIMIT 1 OFFSET {row}")
+        scan = source.quoted.scan if source.quoted else source.scan
+        (found,) = self._run(f"SELECT {values} FROM {scan} LIMIT 1 OFFSET {row}")
         raw, staged = found[: len(needed)], found[len(needed) :]
         where = f"{source.path}: row {row + 1}:"
         if check == "future_times":
@@ -370,7 +384,8 @@ class DuckEngine:
         if value is None or value == "":
             raise DataError(f"{where} is empty (null); drop or repair such rows{others}")
         if role != "timestamp":
-            raise DataError(f"{where} {value!r} does not fit int64; write it as a string{others}")
+            exactly = "" if isinstance(value, int) else " exactly"
+            raise DataError(f"{where} {value!r} does not fit int64{exactly}; write it as a string{others}")
         raise DataError(f"{where} {value!r} {time_fault(value, source.kinds[role], self._unit)}{others}")
 
     def _one(self, sql: str) -> int | str | None:
@@ -379,9 +394,3 @@ class DuckEngine:
     def _run(self, sql: str) -> list[tuple]:
         # DuckDB 2 refuses the next statement while a result is not read to its end.
         return self._db.execute(sql).fetchall()
-
-
-def _shortened(error: Exception) -> str:
-    """What DuckDB says is wrong, without its own options for it, and without megabytes of the line at fault."""
-    lines = str(error).strip().splitlines()[:4]
-    return "\n".join(line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines)

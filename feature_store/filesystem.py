@@ -11,14 +11,13 @@ Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), nev
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
 import os
 import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -74,6 +73,10 @@ class Location:
         """On an object store: is there anything below it."""
         return self._info().type == pafs.FileType.Directory
 
+    def size(self) -> int:
+        """Bytes of this file."""
+        return self._info().size
+
     def sizes(self, names: list[str]) -> list[int | None]:
         """Bytes of files below this folder, asked for at once; None where there is no such file."""
         return [info.size for info in self.filesystem.get_file_info([(self / name).path for name in names])]
@@ -115,7 +118,8 @@ class Location:
     def replace(self, content: bytes) -> None:
         """Whoever reads the file, now or after a crash, finds the old content or the new one whole."""
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as file:
+            # Arrow would pack it where the name ends in .gz or the like.
+            with self.filesystem.open_output_stream(self.path, compression=None) as file:
                 file.write(content)
             return
         write_bytes(Path(self.path), content)
@@ -168,7 +172,7 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     text = text.rstrip("/")
     try:
         if scheme in _ARROW_SCHEMES:
-            filesystem, path = pafs.FileSystem.from_uri(text)
+            filesystem, path = pafs.FileSystem.from_uri(_escaped(text))
         else:
             import fsspec
 
@@ -179,20 +183,9 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     return Location(text, path, filesystem)
 
 
-def find_files(pattern: str) -> list[Location]:
-    """Files that match a glob (`*`, `?`, `[...]`, `**` for any folders), sorted by path; as glob.glob does locally."""
-    if "://" not in pattern:
-        return [open_location(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
-    refuse_credentials(pattern)
-    parts = pattern.split("/")
-    wild = next((i for i, part in enumerate(parts) if WILDCARD.search(part)), len(parts))
-    root = open_location("/".join(parts[:wild]))
-    return [file for file in root.files() if _matches(file.url.split("/")[wild:], parts[wild:])]
-
-
-def _matches(path: list[str], pattern: list[str]) -> bool:
-    if not pattern or not path:
-        return not pattern and not path
-    if pattern[0] == "**":
-        return _matches(path, pattern[1:]) or _matches(path[1:], pattern)
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+def _escaped(url: str) -> str:
+    """Names in an object store are given as they are; Arrow wants them as in a URL ("%C3%A4" for an umlaut)."""
+    scheme, _, rest = url.partition("://")
+    place, separator, options = rest.partition("?")
+    bucket, slash, path = place.partition("/")
+    return f"{scheme}://{bucket}{slash}{quote(path)}{separator}{options}"

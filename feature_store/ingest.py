@@ -21,9 +21,9 @@ from elastic_rec.feature_store.contents import describe_schema, write_vocabulari
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.progress import peak_memory_bytes
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging, stage
 from elastic_rec.feature_store.times import parse_time_s
 

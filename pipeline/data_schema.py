@@ -87,7 +87,7 @@ def check_local(**folders: str) -> None:
         if re.match(r"[A-Za-z][\w+.-]*:/", value):
             key = name.replace("__", ".")
             raise ValueError(
-                f"{key}={value}: runs, scores and candidates are on the local disk, only stores and raw events may be "
+                f"{key}={value}: runs and scores are on the local disk, only stores and what is read may be "
                 "elsewhere: give a local path, and copy"
             )
 

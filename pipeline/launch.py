@@ -9,6 +9,8 @@ unknown config key is Hydra's own message and exit code 1; a fault of the progra
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 import elastic_rec.configs
@@ -66,12 +70,43 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
             except SystemExit as stop:
                 # Hydra has printed what is wrong with the config, but its advice (+key=value) does not help here.
                 if stop.code and not composed:
+                    print(quoting_advice(sys.argv[1:]), end="", file=sys.stderr)
                     print("all keys, types and defaults: docs/reference/config.md, or --help", file=sys.stderr)
                 raise
 
         return checked
 
     return decorate
+
+
+def quoting_advice(arguments: list[str]) -> str:
+    """A line for each override that Hydra cannot parse as it is, and can with its values in quotes: paths with "=",
+    brackets, "~", umlauts, commas and the like. Values of a list end at its commas."""
+    parser, lines = OverridesParser.create(), []
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or _is_plain(parser, argument):
+            continue
+        is_list = value.startswith("[") and value.endswith("]")
+        values = [_quoted(part.strip()) for part in value[1:-1].split(",")] if is_list else [_quoted(value)]
+        quoted = f"{key}=[{','.join(values)}]" if is_list else f"{key}={values[0]}"
+        if _is_plain(parser, quoted):
+            lines.append(f"quote the value for Hydra (and all of it for the shell): {shlex.quote(quoted)}\n")
+    return "".join(lines)
+
+
+def _quoted(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        return value
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + (m[2] and '\\"'), value) + '"'
+
+
+def _is_plain(parser: OverridesParser, argument: str) -> bool:
+    """Does it give one value? A comma outside of a list makes a sweep, which a path with a comma was not meant for."""
+    try:
+        return not (parser.parse_override(argument).is_sweep_override() and "/" in argument)
+    except HydraException:
+        return False
 
 
 def _report(figures: dict[str, Any]) -> None:

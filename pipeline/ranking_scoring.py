@@ -28,12 +28,15 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.checked import describe_file
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
-from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
+from elastic_rec.feature_store.sources import is_list, kind_of
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.candidate_times import read_times
 from elastic_rec.pipeline.errors import ConfigError
@@ -49,7 +52,7 @@ class Part(NamedTuple):
     """Rows [start, stop) of a row group of a file."""
 
     number: int
-    file: Path
+    file: Location
     row_group: int
     start: int
     stop: int
@@ -121,17 +124,19 @@ def _score_parts(
 
 def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
     """(what is known of the input, its parts)."""
-    given = Path(config.candidates)
-    paths = sorted(given.glob("*.parquet")) if given.is_dir() else sorted(given.parent.glob(given.name))
-    if not config.candidates or not paths:
+    if not config.candidates:
         raise ConfigError(
             f"candidates={config.candidates!r}: a run with task=ranking scores lists of candidates, give a Parquet "
             "file, a glob or a folder with columns user_id and item_id"
         )
+    try:
+        paths, _ = find_inputs([config.candidates], format="parquet")
+    except DataError as error:
+        raise ConfigError(f"candidates: {error}") from error
     files, parts = [], []
     for path in paths:
         try:
-            footer = pq.ParquetFile(path)
+            footer = pq.ParquetFile(path.open())
         except (pa.ArrowInvalid, OSError) as error:
             raise ConfigError(f"candidates: {path} is no Parquet file: {error}") from error
         missing = {"user_id", "item_id"} - set(footer.schema_arrow.names)
@@ -142,7 +147,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         absent = sorted(set(task.table.context) - set(footer.schema_arrow.names))
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
-        files.append([path, path.stat().st_size, footer.metadata.num_rows])
+        files.append([path, path.size(), footer.metadata.num_rows])
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
@@ -152,7 +157,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
 
 def _described(files: list[list], world: World) -> list[list]:
     """The input files by name, with the sha256 of each; each rank reads its share. Collective."""
-    mine = [describe_file(path)["sha256"] for path, *_ in files[world.rank :: world.size]]
+    mine = [path.digest() for path, *_ in files[world.rank :: world.size]]
     everyone: list[list[str]] = [mine] * world.size
     dist.all_gather_object(everyone, mine)
     return [[f[0].name, *f[1:], everyone[i % world.size][i // world.size]] for i, f in enumerate(files)]
@@ -174,16 +179,17 @@ class Requests:
 
     @staticmethod
     def read(part: Part, task: RankingTask, *, timestamp_unit: str) -> Requests:
-        file = pq.ParquetFile(part.file)
+        file = pq.ParquetFile(part.file.open())
         names = [name for name in ("timestamp", *task.table.context) if name in file.schema_arrow.names]
         table = file.read_row_group(part.row_group, columns=["user_id", "item_id", *names])
         table = table.slice(part.start, part.stop - part.start)
         where = f"candidates: {part.file}, rows {part.start} to {part.stop} of row group {part.row_group}"
         lengths, items = _lists(table["item_id"], where)
-        encoded = table["user_id"].combine_chunks().dictionary_encode()
+        items = _ids(items, task, "item", where)
+        encoded = _ids(table["user_id"].combine_chunks(), task, "user", where).dictionary_encode()
         users = encoded.dictionary.to_pylist()
-        if encoded.null_count or (users and isinstance(users[0], str) != _has_string_users(task)):
-            raise ConfigError(f"{where}: user_id has nulls, or is not of the store's type")
+        if encoded.null_count:
+            raise ConfigError(f"{where}: user_id has nulls; leave such rows out")
         num_buckets = task.store.manifest["num_buckets"]
         order = sorted(range(len(users)), key=lambda u: (bucket_of(users[u], num_buckets), users[u]))
         place = np.empty(len(users), np.int64)
@@ -251,7 +257,7 @@ class Requests:
         columns = {name: self.table[name] for name in ("user_id", "item_id")}
         for number, label in enumerate(labels):
             values = pa.array(np.ascontiguousarray(self.score_CL[:, number]))
-            if _is_list(self.table["item_id"].type):
+            if is_list(self.table["item_id"].type):
                 values = pa.ListArray.from_arrays(pa.array(self.candidates.offsets.astype(np.int32)), values)
             columns[label] = values
         return pa.table(columns)
@@ -266,13 +272,9 @@ def _lists(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, pa.Array]:
     column = column.combine_chunks()
     if column.null_count:
         raise ConfigError(f"{where}: {column.null_count} rows without item_id; leave them out")
-    if not _is_list(column.type):
+    if not is_list(column.type):
         return np.ones(len(column), np.int64), column
     return pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64), column.flatten()
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
@@ -281,11 +283,21 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
         return Bags(np.zeros(len(table) + 1, np.int64), np.zeros(0, np.int64))
     column = table[name].combine_chunks()
     vocabulary = task.vocabulary(name)
-    if not _is_list(column.type):
+    if not is_list(column.type):
         return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
 
 
-def _has_string_users(task: RankingTask) -> bool:
-    return task.store.manifest["vocabularies"]["user"]["type"] != "int64"
+def _ids(values: pa.Array, task: RankingTask, column: str, where: str) -> pa.Array:
+    """Ids of the store's type: numbers (whole, of any type) for int64, text for strings."""
+    stored = task.store.manifest["vocabularies"][column]["type"]
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text",)
+    if kind_of(values.type) not in kinds and not pa.types.is_null(values.type):
+        raise ConfigError(f"{where}: {column}_id is {values.type}, not of the store's type ({stored}); cast it")
+    try:
+        return values.cast(ARROW_TYPES[stored])
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{where}: {column}_id: {error}; write ids as {stored}") from error

@@ -206,7 +206,7 @@ class ScoreConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        check_local(run=self.run, out=self.out, candidates=self.candidates)
+        check_local(run=self.run, out=self.out)
         self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
         self.state_dtype, self.seen = StateDtype(self.state_dtype), self.seen and Seen(self.seen)
         if self.part_rows < 1:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,7 @@ def test_typed_files_of_one_day(spark, tmp_path):
         ({}, {"checks": {"out_of_order": "fail"}}, r"event at \d+ \(s\): out_of_order"),
         ({}, {"min_user_events": 10_000}, r"no users left of \d+ with \d+ events"),
         ({}, {"user_column": "uid"}, r"b\.csv: column 'uid' is missing"),
+        ({}, {"again": "b.csv"}, r"b-copy\.csv: the same bytes as .*b\.csv; each row would be counted twice"),
         ({}, {"memory_limit": "much"}, r"DuckDB refused its settings"),
     ],
 )
@@ -212,6 +214,9 @@ def test_the_same_words_for_what_is_wrong(spark, tmp_path, rows, settings, match
     for row, (name, value) in rows.items():
         columns[name][row] = value
     inputs = three_files(tmp_path, pa.table(columns), "csv")
+    if "again" in settings:
+        inputs.append(shutil.copy(tmp_path / settings["again"], tmp_path / "b-copy.csv"))
+        settings = {}
     before = sorted(tmp_path.rglob("*"))
     messages = []
     for engine in ("duckdb", "spark"):
@@ -222,6 +227,34 @@ def test_the_same_words_for_what_is_wrong(spark, tmp_path, rows, settings, match
         messages.append(str(caught.value))
         assert sorted(tmp_path.rglob("*")) == before
     assert messages[0] == messages[1]
+
+
+def test_inputs_of_every_kind_give_one_store(spark, tmp_path):
+    """Packed, quoted and empty text, folders' names as context; decimals, floats, bytes and UUIDs in Parquet."""
+    days = tmp_path / "text"
+    for name, codec, text in (
+        ("dt=1/a.CSV", None, 'user_id;item_id;timestamp\n1;"x\ny";5\n2;z;6\n'),
+        ("dt=1/b.csv.gz", "gzip", "user_id,item_id,timestamp,ITEM_ID\n1,x,7,no\n"),
+        ("dt=2/c.csv.zst", "zstd", "user_id,item_id,timestamp\n"),
+        ("dt=2/d.csv.bz2", "bz2", "user_id\titem_id\ttimestamp\r\n3\tz\t8\r\n"),
+        ("_SUCCESS", None, ""),
+    ):
+        (days / name).parent.mkdir(parents=True, exist_ok=True)
+        with pa.output_stream(str(days / name), compression=codec) as file:
+            file.write(text.encode())
+    duckdb, *others = both(tmp_path, [str(days)], context_columns=["dt"])
+    check_equal(duckdb, *others)
+    assert duckdb.vocabulary("item").ids.to_pylist() == ["z", "x", "x\ny"]
+    ids = [pa.array([Decimal(1), Decimal(2)], pa.decimal128(38, 0)), pa.array([1.0, 3.0]), pa.array([], pa.null())]
+    for n, users in enumerate(reversed(ids)):
+        columns = {"user_id": users, "USER_ID": users, "timestamp": pa.array(range(n, n + len(users)), pa.int64())}
+        columns["item_id"] = pa.array([bytes([n] * 16)] * len(users), pa.uuid() if len(users) else pa.null())
+        columns["c"] = pa.array([b"a"] * len(users), pa.binary())
+        (tmp_path / f"typed/dt={n}").mkdir(parents=True)
+        pq.write_table(pa.table(columns), tmp_path / f"typed/dt={n}/000000_0")
+    stores = both(tmp_path, [str(tmp_path / "typed")], context_columns=["dt", "c"], overwrite=True)
+    check_equal(*stores)
+    assert stores[0].num_events == 4 and stores[0].vocabulary("user").ids.to_pylist() == [1, 2, 3]
 
 
 def test_an_append_by_duckdb_to_a_store_of_sparks(spark, tmp_path):

@@ -26,9 +26,9 @@ from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.impressions.engine import ImpressionEngine
 from elastic_rec.feature_store.impressions.items import item_attributes
 from elastic_rec.feature_store.impressions.manifest import FOLDER, ids_digest, write_manifest
+from elastic_rec.feature_store.inputs import check_entries, find_inputs
 from elastic_rec.feature_store.manifest import describe_data_file, describe_file, named_files, put_in_place
 from elastic_rec.feature_store.own_files import data_files
-from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.store import Store, first_users
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 
@@ -69,6 +69,8 @@ def _build(
             source[-1]["impressions"] = engine.load(path, local)
             if not path.is_local:
                 local.unlink()
+        named = zip(paths, source, strict=True)
+        check_entries([{**entry, "path": path, "events": entry["impressions"]} for path, entry in named])
         engine.check_labels()
         vocabularies = {name: engine.vocabulary(name) for name in config.context_columns}
         encode = Encoder(config, items, vocabularies, user_type=store.manifest["vocabularies"]["user"]["type"])

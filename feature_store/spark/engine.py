@@ -27,6 +27,7 @@ from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy, duplicat
 from elastic_rec.feature_store.cutter import BUCKET
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.inputs import check_entries
 from elastic_rec.feature_store.schema import ARROW_TYPES, EVENT_ID, TIMESTAMP, USER
 from elastic_rec.feature_store.scratch import scratch_folder
 from elastic_rec.feature_store.sources import open_source
@@ -85,10 +86,9 @@ class SparkEngine:
 
     def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
         """Reads all files, each in a task of its own; entries as DuckEngine.load_inputs gives them."""
-        with scratch_folder() as folder:
-            first = open_source(paths[0], paths[0].fetch(folder), format=format, columns=columns)
+        first, kinds = self._first_kinds(paths, format, columns)
         self._raw_types = {
-            role: "int64" if role == "timestamp" or first.kinds[role] == "int64" else "string" for role in self._roles
+            role: "int64" if role == "timestamp" or kinds[role] == "int64" else "string" for role in self._roles
         }
         self._is_typed = format == "parquet"
         fields = [(SEQ, "int64"), *self._raw_types.items(), (ABOUT, "string")]
@@ -96,7 +96,8 @@ class SparkEngine:
             files=[(path.url, os.path.abspath(path) if path.is_local else path.url) for path in paths],
             format=format,
             columns=columns,
-            kinds=first.kinds,
+            first=first,
+            kinds=kinds,
             schema=pa.schema([(name, ARROW_TYPES[type]) for name, type in fields]),
             unit=self._unit,
             memory_limit=self._memory_limit,
@@ -114,8 +115,19 @@ class SparkEngine:
         for answer in about:
             self._found.update(answer[FOUND])
         entries = [answer[FILE] for answer in about]
+        check_entries(entries)
         self._first_rows = np.cumsum([0, *(entry["events"] for entry in entries)])[:-1]
         return entries
+
+    def _first_kinds(self, paths: list[Location], format: str, columns: dict[str, str]) -> tuple[str, dict[str, str]]:
+        """(name, kinds of columns) of the first file that has rows; all text is of one kind."""
+        if format == "parquet":
+            for path in paths:
+                with scratch_folder() as work:
+                    source = open_source(path, path.fetch(work), format=format, columns=columns, work=work)
+                if not source.is_empty:
+                    return str(path), source.kinds
+        return str(paths[0]), dict.fromkeys(columns, "text")
 
     def clean(self) -> dict[str, int]:
         """As DuckEngine.clean; what single rows decide was done where they were read."""

@@ -34,11 +34,12 @@ _ROW_MASK = (1 << ROW_BITS) - 1
 @dataclass(frozen=True)
 class ReadJob:
     """files: the input as (name for messages, URL that all machines understand); columns: role -> input column; kinds:
-    those of the first file (sources.py)."""
+    those of `first`, the first file with rows (sources.py)."""
 
     files: list[tuple[str, str]]
     format: str
     columns: dict[str, str]
+    first: str
     kinds: dict[str, str]
     schema: pa.Schema
     unit: str
@@ -86,7 +87,7 @@ def _read_file(number: int, job: ReadJob) -> Iterator[pa.RecordBatch]:
             checks=job.checks,
         ) as engine,
     ):
-        engine.expect_kinds(job.kinds, first=job.files[0][0])
+        engine.expect_kinds(job.kinds, first=job.first)
         name, url = job.files[number]
         entry = engine.load_input(replace(open_location(url), url=name), format=job.format, columns=job.columns)
         about = {FILE: entry, FOUND: engine.drop_bad_rows(), STAGED: engine.num_staged()}
