@@ -21,7 +21,7 @@ from elastic_rec.pipeline.schema import EvaluateConfig
 from elastic_rec.pipeline.targets import Survey, require_targets, resolve_seen, survey
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.tasks import AnyTask
-from elastic_rec.pipeline.validation import warn_below
+from elastic_rec.pipeline.validation import warn_below, warn_of_misses
 from elastic_rec.pipeline.world import World
 
 
@@ -66,6 +66,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
 
 def _next_item(task: NextItemTask, model: RetrievalModel, config: EvaluateConfig, **settings) -> dict:
     figures = evaluate(task, model, min_item_count=config.min_item_count, **settings)
+    warn_of_misses(task, figures)
     exclude = settings["seen"] is Seen.exclude
     baselines = fit_baselines(task, batch_size=config.batch_size, exclude_seen=exclude)
     found = measure_baselines(task, baselines, **settings)

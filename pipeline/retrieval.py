@@ -49,6 +49,7 @@ class ShardedCatalogue:
         skip = min(max(0, first_item - first_row), len(weight_VD))
         self.first = first_row + skip
         self.weight_VD = weight_VD[skip:]
+        self.largest_weight = largest(self.weight_VD)
         self.world = world
         self.candidates_V = candidates_V
 
@@ -66,7 +67,7 @@ class ShardedCatalogue:
         score_Q, tie_Q = self._target_scores(queries.all, target_Q)[:, None], tie_order(target_Q)[:, None]
         above_all = torch.zeros_like(target_Q)
         above_unseen = torch.zeros_like(target_Q)
-        watch = ScoreWatch()
+        watch = ScoreWatch(queries.all, self.largest_weight)
         for ids, score_QC in self._tiles(queries.all, watch):
             # What the target does not beat is above it, so that a NaN could only make a rank worse.
             above = ((score_QC < score_Q) | ((score_QC == score_Q) & (tie_order(ids) >= tie_Q))).logical_not_()
@@ -92,7 +93,7 @@ class ShardedCatalogue:
         queries = Gathered(query_RD, self.world)
         seen = SeenPairs(*queries.pairs(*seen)) if seen is not None else None
         best_Qk = torch.full((len(queries.all), k), NOTHING, dtype=torch.int64, device=query_RD.device)
-        watch = ScoreWatch()
+        watch = ScoreWatch(queries.all, self.largest_weight)
         for ids, score_QC in self._tiles(queries.all, watch):
             key_QC = sort_key(score_QC, ids)
             if seen is not None:
@@ -140,18 +141,21 @@ class SeenPairs:
 
 
 class ScoreWatch:
-    """Notices scores that are NaN or infinite, one reduction a tile. The host waits in check() only."""
+    """Notices scores that are NaN or infinite. Tiles are read for it only where the largest numbers could overflow."""
 
-    def __init__(self) -> None:
+    def __init__(self, query_QD: torch.Tensor, largest_weight: float) -> None:
+        bound = query_QD.shape[1] * largest(query_QD) * largest_weight
+        self.is_needed = not bound < torch.finfo(torch.float32).max  # NaN: needed
         self.extremes: list[torch.Tensor] = []
 
     def look(self, score_QC: torch.Tensor) -> None:
-        self.extremes.append(torch.stack(torch.aminmax(score_QC)))  # a NaN goes into both
+        if self.is_needed:
+            self.extremes.append(torch.stack(torch.aminmax(score_QC)))  # a NaN goes into both
 
     def check(self, world: World) -> None:
         """Raises NonFiniteError on every rank where one has seen such a score. Collective."""
         bad = torch.zeros(1, dtype=torch.int64, device=world.device)
-        if self.extremes:  # a rank may hold no item
+        if self.extremes:
             bad += ~torch.stack(self.extremes).isfinite().all()
         dist.all_reduce(bad)
         if bad:
@@ -159,6 +163,11 @@ class ScoreWatch:
                 "a score is NaN or infinite: the product of a query and an item overflows float32. Lower the learning "
                 "rates and train again"
             )
+
+
+def largest(value: torch.Tensor) -> float:
+    """The largest absolute number; NaN where there is one."""
+    return float(torch.stack(torch.aminmax(value)).abs().max()) if value.numel() else 0.0
 
 
 def tie_order(ids: Ids) -> Ids:

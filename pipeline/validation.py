@@ -15,7 +15,7 @@ from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.data_schema import Seen
 from elastic_rec.pipeline.evaluation import below_baseline, evaluate, measure_baselines
 from elastic_rec.pipeline.ranking_task import RankingTask
-from elastic_rec.pipeline.targets import require_targets, resolve_seen, survey
+from elastic_rec.pipeline.targets import FEW_REPEATS, require_targets, resolve_seen, survey
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.tasks import AnyTask
 
@@ -46,6 +46,7 @@ class Validation:
     def __init__(self, task: AnyTask, model: nn.Module, *, run_dir: Path) -> None:
         self.task, self.model, self.path = task, model, run_dir / "baselines.json"
         self.baselines: dict[str, dict[str, Any]] | None = None
+        self.has_warned = False
 
     def __call__(self) -> dict[str, Any]:
         task, model = self.task, self.model
@@ -55,6 +56,8 @@ class Validation:
             if self.baselines is None:
                 self.baselines = self._known() or self._measure()
             figures = evaluate(task, model, **self._settings(task))
+            if not self.has_warned:
+                self.has_warned = warn_of_misses(task, figures)
             figures["below_baseline"] = below_baseline(figures.get(task.metric), self.baselines, task.metric)
         return {**figures, **memory_usage(model)}
 
@@ -98,6 +101,17 @@ def warn_below(task: NextItemTask, value: float, name: str, figures: dict[str, A
         f"warning: {task.metric} {value:.4f} is below that of the counting baseline {name!r}, "
         f"{figures[task.metric]:.4f}: a model that does not beat counting is not worth serving"
     )
+
+
+def warn_of_misses(task: NextItemTask, figures: dict[str, Any]) -> bool:
+    """Says so where seen=exclude makes many targets misses."""
+    many = figures["seen"] == Seen.exclude and figures["seen_targets"] > FEW_REPEATS
+    if many:
+        task.world.say(
+            f"warning: {figures['seen_targets']:.1%} of the targets are items that their user has met before, which "
+            "seen=exclude never recommends; data.seen=keep would"
+        )
+    return many
 
 
 def memory_usage(model: nn.Module) -> dict[str, float]:
