@@ -40,6 +40,7 @@ class Checkpoints:
         self.world = world
         self.keep_last = keep_last
         self._whole: set[int] = set()  # steps whose files have been checked
+        self._undone: set[int] = set()  # steps after the one that training was resumed from
 
     def save(
         self, model: DistributedModelParallel, optimiser: CombinedOptimizer, saved: dict[str, Any], *, best_step: int
@@ -60,7 +61,8 @@ class Checkpoints:
             aside.rename(final)
             sync(self.root)
             write_checked(final / MARKER, {**saved, "best_step": best_step, "files": files})
-            self._forget(saved["step"], best_step)
+            self._undone.discard(saved["step"])
+            self._forget(best_step)
         self._whole.discard(saved["step"])
         dist.barrier()
 
@@ -89,6 +91,7 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         if optimiser is not None:
             optimiser.load_state_dict(state["optimiser"])
+            self._undone = {each for each in self.complete_steps() if each > step}
         return marker
 
     def latest(self) -> int | None:
@@ -192,13 +195,14 @@ class Checkpoints:
         mine = sorted(files)[part::num_parts]
         return fault_in(self.folder(step), {name: files[name] for name in mine})
 
-    def _forget(self, step: int, best_step: int) -> None:
-        """Keeps the best and the newest; later ones are of a future that a resume from before them has undone."""
+    def _forget(self, best_step: int) -> None:
+        """Keeps the best and the newest; those that a resume has undone go as soon as there is a newer one again."""
         complete = self.complete_steps()
-        kept = {best_step, *[each for each in complete if each <= step][-self.keep_last :]}
+        kept = {best_step, *[each for each in complete if each not in self._undone][-self.keep_last :]}
         for each in complete:
             if each not in kept:
                 self._remove(self.folder(each))
+        self._undone = set()
 
     def _remove(self, folder: Path) -> None:
         if folder.exists():
