@@ -25,11 +25,13 @@ FIGURES = ("auc", "gauc", "ne", "calibration", "ndcg", "log_loss")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A store with three columns of each kind, and a run of two epochs on each number of ranks."""
+    """A store with three columns of each kind, and a run of two epochs on each number of ranks: on 4 with some tables
+    by rows, which TorchRec returns apart from the whole ones."""
     folder = tmp_path_factory.mktemp("columns")
     make_ranking_store(folder, num_users=40, wide=True)
     for ranks in RANKS:
-        train(folder, f"on-{ranks}", ranks)
+        by_rows = ["parallel.row_wise_tables=[item,bank,page,words]"] if ranks == 4 else []
+        train(folder, f"on-{ranks}", ranks, *by_rows)
     return folder
 
 
