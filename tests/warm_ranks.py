@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,26 +19,17 @@ LIMIT_S = 600
 
 def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
     """Run a verb to its end and return the JSON of its last line, with rank 0's "stderr"."""
-    codes, out, err = _start(_verb, (verb, overrides), ranks)
-    assert not any(codes), f"exit codes {codes}: {err[-8000:]}"
+    out, err = _start(_verb, (verb, overrides), ranks)
     return json.loads(out.strip().splitlines()[-1]) | {"stderr": err}
-
-
-def fail(verb: str, *overrides: str, ranks: int = 1) -> tuple[int, str]:
-    """Run a verb that must fail on every rank; returns (exit code, stderr of rank 0)."""
-    codes, out, err = _start(_verb, (verb, overrides), ranks)
-    assert all(codes), out
-    return codes[0], err
 
 
 def call(function: Callable[[int, int, str], None], folder: str, *, ranks: int) -> None:
     """function(rank, ranks, folder) on each rank, with torchrun's variables."""
-    codes, _, err = _start(_call, (function, folder), ranks)
-    assert not any(codes), f"exit codes {codes}: {err[-8000:]}"
+    _start(_call, (function, folder), ranks)
 
 
-def _start(function: Callable, arguments: tuple, ranks: int) -> tuple[list[int], str, str]:
-    """(exit codes, stdout and stderr of rank 0)."""
+def _start(function: Callable, arguments: tuple, ranks: int) -> tuple[str, str]:
+    """(stdout, stderr) of rank 0. When a rank fails, all are ended and AssertionError says what each of them wrote."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"elastic_rec.pipeline.{name}" for name in VERBS])
     with TemporaryDirectory() as folder:
@@ -50,12 +42,25 @@ def _start(function: Callable, arguments: tuple, ranks: int) -> tuple[list[int],
             environment = {**address, **{name: str(number) for name, number in place.items()}, "OMP_NUM_THREADS": "1"}
             processes.append(context.Process(target=_on_rank, args=(function, arguments, environment, folder)))
             processes[-1].start()
+        _wait(processes)
+        codes, texts = [process.exitcode for process in processes], Path(folder)
+        errors = [path.read_text() for path in sorted(texts.glob("err-*"))]
+        assert not any(codes), "\n".join([f"exit codes {codes}", *(error[-4000:] for error in errors)])
+        return (texts / "out-0").read_text(), errors[0]
+
+
+def _wait(processes: list) -> None:
+    """Until all have ended, or one has failed; none is left."""
+    running = {process.sentinel for process in processes}
+    try:
+        while running and not any(process.exitcode for process in processes):
+            ended = wait(running, LIMIT_S)
+            assert ended, f"took more than {LIMIT_S} s"
+            running -= set(ended)
+    finally:
         for process in processes:
-            process.join(LIMIT_S)
             process.kill()
             process.join()
-        out, err = ((Path(folder) / f"{name}-0").read_text() for name in ("out", "err"))
-    return [process.exitcode for process in processes], out, err
 
 
 def _on_rank(function: Callable, arguments: tuple, environment: dict[str, str], folder: str) -> None:
