@@ -10,6 +10,7 @@ unknown config key is Hydra's own message and exit code 1; a fault of the progra
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 import elastic_rec.configs
 from elastic_rec.feature_store.atomic_write import to_json
 from elastic_rec.pipeline import interrupts
-from elastic_rec.pipeline.endings import end, ending_of
+from elastic_rec.pipeline.endings import end, ending_of, in_thread
 from elastic_rec.pipeline.errors import ConfigError
 
 CONFIG_DIR = str(Path(elastic_rec.configs.__file__).parent.resolve())
@@ -58,6 +59,7 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
 
         def checked() -> None:
             interrupts.listen()
+            threading.excepthook = in_thread
             try:
                 command()
             except interrupts.Interrupted as error:  # before the config was composed
