@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -148,6 +149,15 @@ def tell_launcher(line: str) -> None:
     message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
     with contextlib.suppress(OSError), open(path, "w") as file:  # the line itself is on stderr
         json.dump({"message": message}, file)
+
+
+def in_thread(failed: threading.ExceptHookArgs) -> None:
+    """What threading.excepthook is to do: TensorBoard writes in a thread."""
+    line = failed.exc_value and explain(failed.exc_value)
+    if line is None:
+        threading.__excepthook__(failed)
+    else:
+        print(f"warning, in a thread: {line}", file=sys.stderr, flush=True)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import elastic_rec.configs
 from elastic_rec.feature_store.atomic_write import to_json
 from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.pipeline import interrupts
-from elastic_rec.pipeline.endings import end, ending_of
+from elastic_rec.pipeline.endings import end, ending_of, in_thread
 from elastic_rec.pipeline.errors import ConfigError
 
 CONFIG_DIR = str(Path(elastic_rec.configs.__file__).parent.resolve())
@@ -63,6 +64,7 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
 
         def checked() -> None:
             interrupts.listen()
+            threading.excepthook = in_thread
             try:
                 command()
             except interrupts.Interrupted as error:  # before the config was composed

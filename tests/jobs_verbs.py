@@ -126,6 +126,9 @@ def run(verb: str, overrides: list[str], limits: dict[str, int], at: list | None
     for name, most in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
+    from elastic_rec.pipeline import interrupts
+
+    interrupts.GRACE_S = 240.0  # the machine may be loaded
     if at:
         signal_at(*at)
     sys.argv = [f"pipeline/{verb}.py", *overrides]

@@ -89,7 +89,7 @@ def test_a_file_cut_short_or_gone_is_named(run, world):
     ):
         load(run, world, "6")
     tensors.unlink()
-    with pytest.raises(CheckpointError, match="__0_0.distcp is missing"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
         load(run, world, "6")
     with pytest.raises(CheckpointError, match=r"step-00000005 does not exist .*\[2, 3, 4, 6\]"):
         load(run, world, "5")
@@ -169,5 +169,5 @@ def test_checked_json(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_checked(tmp_path / "b.json")
     (tmp_path / "a.json").write_bytes(b"\xff\x00")
-    with pytest.raises(DataError, match="a.json is damaged"):
+    with pytest.raises(DataError, match=r"a\.json is damaged"):
         read_checked(tmp_path / "a.json")
