@@ -138,8 +138,8 @@ class DuckEngine:
         """Counts the last `count` rows, those of source, that fail a check."""
         these = f"FROM raw WHERE rowid >= {self._num_loaded}"  # nothing is deleted before clean(): no rowid has moved
         counted = ", ".join(f"count(*) FILTER ({condition})" for condition in self._conditions.values())
-        clock = clock_sql(self._unit, self._checks.latest(self._unit))
-        (figures,) = self._run(f"SELECT {counted}, {clock} {these}")
+        latest = self._checks.latest(self._unit)
+        (figures,) = self._run(f"SELECT {counted}, {clock_sql(latest)} {these}")
         found = dict(zip(self._conditions, figures, strict=False))
         for name, number in found.items():
             self._found[name] += number
@@ -153,10 +153,13 @@ class DuckEngine:
             )
             check = failed[why.index(True)]
             self._explain(source, row=row, check=check, more=found[check] - 1)
-        self._check_clock(source, FileClock(*figures[len(self._conditions) :]))
+        self._check_clock(source, FileClock(*figures[len(found) :]), f"{these} AND timestamp <= {latest}")
 
-    def _check_clock(self, source: Source, clock: FileClock) -> None:
-        fault = clock_fault(clock, self._unit, source.kinds["timestamp"])
+    def _check_clock(self, source: Source, clock: FileClock, rows: str) -> None:
+        def count_where(condition: str) -> int:
+            return self._one(f"SELECT count(*) {rows} AND ({condition})")
+
+        fault = clock_fault(clock, self._unit, source.kinds["timestamp"], count_where)
         if fault is None:
             return
         if self._checks.wrong_clock is Policy.fail:

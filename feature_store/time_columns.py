@@ -51,6 +51,8 @@ def time_sql(value: str, kind: str, unit: str) -> str:
 
 def time_text_sql(value: str, kind: str) -> str:
     """SQL of a value as messages quote it."""
+    if kind == "time_ns":  # DuckDB 1.4 has no text of the first ones
+        return f"coalesce(TRY(CAST({value} AS VARCHAR)), CAST(epoch_ns({value}) AS VARCHAR))"
     return f"CAST({value} AS VARCHAR)" if kind in MOMENTS else value
 
 
@@ -135,7 +137,7 @@ def _is_before_1970(text: str) -> bool:
     try:
         moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
     except ValueError:
-        return "(BC)" in text
+        return "(BC)" in text or text.startswith("-")
     return moment.replace(tzinfo=moment.tzinfo or timezone.utc).timestamp() < 0  # noqa: UP017
 
 

@@ -95,7 +95,7 @@ UTC_US, NAIVE_NS = pa.timestamp("us", "UTC"), pa.timestamp("ns")
         (2**63 - 1, pa.timestamp("us"), "bad_times", r"'infinity' is not a finite time"),
         (-(2**63) + 1, UTC_US, "bad_times", r"'-infinity' is not a finite time"),
         (4_611_686_018_427_000_000, UTC_US, "future_times", r"'148108-07-06 14:00:27\+00' is in the future"),
-        (-(2**63) + 2, NAIVE_NS, "bad_times", r"'1677-09-21 .*' is before 1970"),
+        (-(2**63) + 2, NAIVE_NS, "bad_times", r"'(1677-09-21|-9223).*' is before 1970"),
         (2**63 - 2, NAIVE_NS, "bad_times", r"'2262-04-11 .*' is no whole number of s"),
         (2**31 - 2, pa.date32(), "bad_times", r"'5881580-07-10' does not fit int64"),
     ],
