@@ -37,8 +37,7 @@ from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
-from elastic_rec.feature_store.schema import ARROW_TYPES
-from elastic_rec.feature_store.sources import is_list, kind_of
+from elastic_rec.feature_store.sources import cast_ids, is_list
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
@@ -164,8 +163,10 @@ class Requests:
         table = table.slice(part.start, part.stop - part.start)
         where = f"candidates: {part.file}, rows {part.start} to {part.stop} of row group {part.row_group}"
         lengths, items = _lists(table["item_id"], where)
-        items = _ids(items, task, "item", where)
-        encoded = _ids(table["user_id"].combine_chunks(), task, "user", where).dictionary_encode()
+        types = {name: about["type"] for name, about in task.store.manifest["vocabularies"].items()}
+        items = cast_ids(items, types["item"], where=f"{where}: item_id")
+        users = cast_ids(table["user_id"].combine_chunks(), types["user"], where=f"{where}: user_id")
+        encoded = users.dictionary_encode()
         users = encoded.dictionary.to_pylist()
         if encoded.null_count:
             raise ConfigError(f"{where}: user_id has nulls; leave such rows out")
@@ -272,17 +273,3 @@ def _seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if not pa.types.is_integer(column.type):
         raise ConfigError(f"{where}: timestamp is {column.type}: give timestamps, or whole seconds since 1970")
     return column.to_numpy(zero_copy_only=False).astype(np.int64)
-
-
-def _ids(values: pa.Array, task: RankingTask, column: str, where: str) -> pa.Array:
-    """Ids of the store's type: numbers (whole, of any type) for int64, text for strings."""
-    stored = task.store.manifest["vocabularies"][column]["type"]
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text",)
-    if kind_of(values.type) not in kinds and not pa.types.is_null(values.type):
-        raise ConfigError(f"{where}: {column}_id is {values.type}, not of the store's type ({stored}); cast it")
-    try:
-        return values.cast(ARROW_TYPES[stored])
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{where}: {column}_id: {error}; write ids as {stored}") from error
