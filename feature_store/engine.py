@@ -91,7 +91,7 @@ class DuckEngine:
         entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
         # What an append knows an input by: its bytes, not its name.
         entry["sha256"] = open_location(local).digest()
-        entry["events"] = self._load(source, format)
+        entry["events"] = self._load(source)
         if not path.is_local:
             local.unlink()
         return entry
@@ -104,7 +104,7 @@ class DuckEngine:
         columns = (f'"{r}" {"BIGINT" if r == "timestamp" or kinds[r] == "int64" else "VARCHAR"}' for r in self._roles)
         self._run(f"CREATE TABLE raw ({', '.join(columns)})")
 
-    def _load(self, source: Source, format: str) -> int:
+    def _load(self, source: Source) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
         if source.is_empty:
@@ -117,7 +117,7 @@ class DuckEngine:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(unreadable(source.path, error, is_tsv=format == "tsv")) from error
+            raise DataError(unreadable(source.path, error, has_quotes=source.quoted is not None)) from error
         self._check(source, count)
         self._num_loaded += count
         return count

@@ -79,7 +79,7 @@ class IngestConfig:
         metadata={"help": "Files, globs or folders, in order; the order breaks ties between equal timestamps."},
     )
     format: InputFormat = field(
-        default=InputFormat.auto, metadata={"help": "Input format; auto goes by the file names."}
+        default=InputFormat.auto, metadata={"help": "Input format; auto: by each file's name, or content."}
     )
     user_column: str = field(default="user_id", metadata={"help": "Input column with the user (int64 or string)."})
     item_column: str = field(default="item_id", metadata={"help": "Input column with the item (int64 or string)."})

@@ -35,8 +35,8 @@ from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
-from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
-from elastic_rec.feature_store.sources import is_list, kind_of
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.sources import cast_ids, is_list
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.candidate_times import read_times
 from elastic_rec.pipeline.errors import ConfigError
@@ -185,8 +185,10 @@ class Requests:
         table = table.slice(part.start, part.stop - part.start)
         where = f"candidates: {part.file}, rows {part.start} to {part.stop} of row group {part.row_group}"
         lengths, items = _lists(table["item_id"], where)
-        items = _ids(items, task, "item", where)
-        encoded = _ids(table["user_id"].combine_chunks(), task, "user", where).dictionary_encode()
+        types = {name: about["type"] for name, about in task.store.manifest["vocabularies"].items()}
+        items = cast_ids(items, types["item"], where=f"{where}: item_id")
+        users = cast_ids(table["user_id"].combine_chunks(), types["user"], where=f"{where}: user_id")
+        encoded = users.dictionary_encode()
         users = encoded.dictionary.to_pylist()
         if encoded.null_count:
             raise ConfigError(f"{where}: user_id has nulls; leave such rows out")
@@ -287,17 +289,3 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
         return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
-
-
-def _ids(values: pa.Array, task: RankingTask, column: str, where: str) -> pa.Array:
-    """Ids of the store's type: numbers (whole, of any type) for int64, text for strings."""
-    stored = task.store.manifest["vocabularies"][column]["type"]
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text",)
-    if kind_of(values.type) not in kinds and not pa.types.is_null(values.type):
-        raise ConfigError(f"{where}: {column}_id is {values.type}, not of the store's type ({stored}); cast it")
-    try:
-        return values.cast(ARROW_TYPES[stored])
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{where}: {column}_id: {error}; write ids as {stored}") from error
