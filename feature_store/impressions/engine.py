@@ -234,7 +234,7 @@ class ImpressionEngine:
             remedy = (
                 "write null where there is no label"
                 if value != value
-                else f"scale it, or set 'data.impressions.label_thresholds={{{name}: 4}}' for 1 at 4 or more and else 0"
+                else f"scale it, or set +data.impressions.label_thresholds.{name}=4 for 1 at 4 or more, else 0"
             )
             raise DataError(
                 f"{path}: impression in row {row - first + 1}: label '{name}' is {value:g}, not from 0 to 1; {remedy}"
