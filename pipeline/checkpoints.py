@@ -33,7 +33,7 @@ MARKER = "complete.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; save, load and latest are collective, the rest is not."""
+    """The checkpoints of one run; save, load, latest and best are collective, the rest is not."""
 
     def __init__(self, run_dir: Path, *, world: World, keep_last: int = 2) -> None:
         self.root = Path(run_dir) / "checkpoints"
@@ -116,16 +116,21 @@ class Checkpoints:
         return None
 
     def best(self) -> int:
-        """Step of the best checkpoint by validation, as the newest marker that can be read has it."""
+        """Step of the best checkpoint by validation, as the newest marker that can be read has it; of the newest whole
+        checkpoint where no validation has given a figure. Collective."""
         for step in reversed(self.complete_steps()):
             try:
                 best_step = self.marker(step)["best_step"]
             except CheckpointError as error:
                 self.world.say(f"{error}: which checkpoint is best is read from the next older marker")
                 continue
-            if not best_step:
-                raise CheckpointError(f"{self.root}: the run has not finished its first validation yet")
-            return best_step
+            if best_step:
+                return best_step
+            newest = self.latest()
+            self.world.say(
+                f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {newest}"
+            )
+            return newest
         raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
 
     def marker(self, step: int) -> dict[str, Any]:
@@ -145,10 +150,6 @@ class Checkpoints:
         ranks, have another."""
         tensors = {name: about for name, about in self.marker(step)["files"].items() if name.endswith(".distcp")}
         return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
-
-    def faults(self) -> list[str]:
-        """What is wrong with the complete checkpoints, a line each. Reads every file."""
-        return [fault for step in self.complete_steps() if (fault := self._fault_of(step, 0, 1))]
 
     def sweep(self) -> None:
         """Removes what killed trainings left. For the one process that holds the run folder."""
