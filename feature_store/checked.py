@@ -1,9 +1,11 @@
 """Files that are checked before they are believed: JSON and text that carry their own sha256, and sha256s of others.
 
-{
- "step": 420,
- "sha256": "5f0a…"        of the file's bytes without this line
-}
+    {                                     step: 420
+     "step": 420,                         # sha256: 5f0a...     of the lines before
+     "sha256": "5f0a..."
+    }
+
+In JSON it is the digest of the file's bytes without its line.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def write_signed(path: Path, text: str) -> None:
 
 
 def read_signed(path: Path) -> str:
-    """The file's text. DataError where it is not as it was written, unless its last line was removed to keep an edit."""
+    """The text. Raises DataError where it is not as it was written and has its last line still."""
     text = path.read_bytes().decode(errors="replace")
     body, line, digest = text.rpartition(_LINE)
     if text.rstrip("\n").rpartition("\n")[2].startswith("#") and not (line and digest == _digest(body) + "\n"):

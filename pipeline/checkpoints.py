@@ -156,7 +156,7 @@ class Checkpoints:
         for folder in self._half_written():
             self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): removed")
             shutil.rmtree(folder)
-        for folder in (self.root.parent, self.root, *self.root.glob("step-*")):
+        for folder in (self.root, *self.root.glob("step-*")):  # what an evaluation may be writing is beside them
             remove_leftovers(folder)
 
     def folder(self, step: int) -> Path:

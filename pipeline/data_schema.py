@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from elastic_rec.feature_store.credentials import mask_credentials
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
 from elastic_rec.feature_store.ingest import IngestConfig
@@ -69,7 +70,7 @@ def check_local(**folders: str) -> None:
         if re.match(r"[A-Za-z][\w+.-]*:/", value):
             key = name.replace("__", ".")
             raise ValueError(
-                f"{key}={value}: runs, scores and candidates are on the local disk, only stores and raw events may be "
+                f"{key}={mask_credentials(value)}: runs, scores and candidates are on the local disk, only stores and raw events may be "
                 "elsewhere: give a local path, and copy"
             )
 

@@ -250,4 +250,6 @@ def test_runs_and_scores_are_local(url, tmp_path, monkeypatch):
     for make in (lambda: ScoreConfig(run=url), lambda: DemoConfig(out=url), lambda: config_of(f"run.dir={url}")):
         with pytest.raises(ValueError, match="are on the local disk"):
             make()
+    with pytest.raises(ValueError, match=r"^out=s3://\*\*\*@bucket: runs"):
+        ScoreConfig(out="s3://KEY:SECRET@bucket")
     assert not list(tmp_path.iterdir())
