@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import WILDCARD, Location, find_files, open_location
+from elastic_rec.feature_store.limits import copy_unpacked
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 
 SUFFIXES = {
@@ -181,9 +182,8 @@ def _open_parquet(
 def _check_gzip(path: Location, local: Path) -> None:
     """Unpacks to the end: DuckDB 1.4 takes a truncated gzip for a shorter file and loses events without a word."""
     try:
-        with gzip.open(local, "rb") as file:
-            while file.read(1 << 20):
-                pass
+        with gzip.open(local, "rb") as file, open(os.devnull, "wb") as nowhere:
+            copy_unpacked(file, nowhere, name=path, packed_bytes=local.stat().st_size)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as gzip ({error}); truncated? write or copy it again") from error
 

@@ -40,6 +40,9 @@ from elastic_rec.pipeline.ranking_task import RankingBatch, RankingTask
 from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.scoring import commit, lockstep, open_job
 
+MOST_PARTS = 100_000  # part-00000 to part-99999
+MOST_ROWS_PER_BYTE = 1000  # a row of two constant columns takes more
+
 
 class Part(NamedTuple):
     """Rows [start, stop) of a row group of a file."""
@@ -128,11 +131,28 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
         files.append([path.name, path.stat().st_size, footer.metadata.num_rows])
+        _check_claim(path, footer.metadata, sum(of_file for _, _, of_file in files), config.part_rows)
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
                 parts.append(Part(len(parts), path, group, start, min(start + config.part_rows, num_rows)))
     return files, parts
+
+
+def _check_claim(path: Path, footer: pq.FileMetaData, num_rows: int, part_rows: int) -> None:
+    """Refuse a footer that cannot be true before parts are made of it. num_rows: up to and with this file."""
+    size = path.stat().st_size
+    claims = [footer.num_rows, *(footer.row_group(group).num_rows for group in range(footer.num_row_groups))]
+    if min(claims) < 0 or max(claims) > size * MOST_ROWS_PER_BYTE or claims[0] != sum(claims[1:]):
+        raise ConfigError(
+            f"candidates: {path} says that it has {claims[0]:,} rows in {size:,} bytes, row groups of "
+            f"{claims[1:][:3]}: its footer is damaged, write the file again"
+        )
+    if num_rows > MOST_PARTS * part_rows:
+        raise ConfigError(
+            f"candidates: {num_rows:,} rows up to {path.name} are over {MOST_PARTS:,} parts of part_rows={part_rows}: "
+            f"set part_rows to at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
+        )
 
 
 @dataclass
