@@ -14,8 +14,8 @@ from jobs_verbs import wait_until
 STEPS = 24
 
 
-def torchrun(*arguments: str, restarts: int, log: Path) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(*arguments: str, restarts: int, log: Path, ranks: int = 2) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*launcher, f"--max-restarts={restarts}", str(helpers.REPO / "pipeline/train.py"), *arguments]
     with log.open("w") as text:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=text, env=helpers.environment())
@@ -68,7 +68,7 @@ def test_a_restart_does_not_go_on_in_a_run_that_is_not_its_own(tmp_path):
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "config.yaml").write_text("task: next_item\n")
-    job = torchrun(f"data.store={store}", f"run.dir={run_dir}", restarts=1, log=tmp_path / "log")
+    job = torchrun(f"data.store={store}", f"run.dir={run_dir}", restarts=1, log=tmp_path / "log", ranks=1)
     assert job.wait(timeout=240) != 0
     text = (tmp_path / "log").read_text()
     assert text.count("holds a run already: set run.resume=true") == 3, "per attempt once, and in torchrun's summary"
