@@ -55,7 +55,7 @@ class Pulse:
         self.store = None if job is None else dist.PrefixStore(f"attempt-{attempt}", job)
         self.at = "the start"
         self._votes: Votes | None = None
-        if self.store is not None:
+        if size > 1:
             threading.Thread(target=self._watch, name="pulse", daemon=True).start()
 
     def beat(self, at: str) -> None:
@@ -100,7 +100,7 @@ class Pulse:
                 others.look()
                 time.sleep(0.1)
             silent = others.silent(LOST_S * 0.6)
-        except (RuntimeError, KeyError):
+        except RuntimeError:
             return "rank 0, which kept the store,"
         return " and ".join(f"rank {rank}" for rank in silent) or "another rank"
 
@@ -168,7 +168,7 @@ class Others:
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks without a sign of life for so long."""
-        return [rank for rank in self.ranks if time.monotonic() - self.signed[rank][1] >= seconds]
+        return [rank for rank, (_, since) in self.signed.items() if time.monotonic() - since >= seconds]
 
     def missing(self, collectives: int) -> list[int]:
         """Ranks that stand, and have begun fewer collectives than this one; without them, those that are silent."""
