@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.inputs import codec, partition_values
+from elastic_rec.feature_store.limits import copy_unpacked
 from elastic_rec.feature_store.schema import ARROW_TYPES
 from elastic_rec.feature_store.time_columns import stored_time_kind
 
@@ -206,7 +206,7 @@ def _unpacked(path: Location, local: Path, work: Path) -> Path:
     text = work / "unpacked"
     try:
         with pa.input_stream(str(local), compression=packing) as packed, text.open("wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
+            copy_unpacked(packed, file, name=path, packed_bytes=local.stat().st_size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read as {packing} ({error}); truncated? write or copy it again") from error
     return text

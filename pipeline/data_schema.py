@@ -88,8 +88,8 @@ def check_local(**folders: str) -> None:
         if re.match(r"[A-Za-z][\w+.-]*:/", value):
             key = name.replace("__", ".")
             raise ValueError(
-                f"{key}={mask_credentials(value)}: runs and scores are on the local disk, only stores and what is read may "
-                "be elsewhere: give a local path, and copy"
+                f"{key}={mask_credentials(value)}: runs and scores are on the local disk, only stores and what is read "
+                "may be elsewhere: give a local path, and copy"
             )
 
 

@@ -47,6 +47,9 @@ from elastic_rec.pipeline.score_folder import ScoreFolder
 from elastic_rec.pipeline.scoring import lockstep
 from elastic_rec.pipeline.world import World
 
+MOST_PARTS = 100_000  # part-00000 to part-99999
+MOST_ROWS_PER_BYTE = 1000  # a row of two constant columns takes more
+
 
 class Part(NamedTuple):
     """Rows [start, stop) of a row group of a file."""
@@ -148,6 +151,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
         files.append([path, path.size(), footer.metadata.num_rows])
+        _check_claim(path, footer.metadata, sum(of_file for _, _, of_file in files), config.part_rows)
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
@@ -161,6 +165,22 @@ def _described(files: list[list], world: World) -> list[list]:
     everyone: list[list[str]] = [mine] * world.size
     dist.all_gather_object(everyone, mine)
     return [[f[0].name, *f[1:], everyone[i % world.size][i // world.size]] for i, f in enumerate(files)]
+
+
+def _check_claim(path: Location, footer: pq.FileMetaData, num_rows: int, part_rows: int) -> None:
+    """Refuse a footer that cannot be true before parts are made of it. num_rows: up to and with this file."""
+    size = path.size()
+    claims = [footer.num_rows, *(footer.row_group(group).num_rows for group in range(footer.num_row_groups))]
+    if min(claims) < 0 or max(claims) > size * MOST_ROWS_PER_BYTE or claims[0] != sum(claims[1:]):
+        raise ConfigError(
+            f"candidates: {path} says that it has {claims[0]:,} rows in {size:,} bytes, row groups of "
+            f"{claims[1:][:3]}: its footer is damaged, write the file again"
+        )
+    if num_rows > MOST_PARTS * part_rows:
+        raise ConfigError(
+            f"candidates: {num_rows:,} rows up to {path.name} are over {MOST_PARTS:,} parts of part_rows={part_rows}: "
+            f"set part_rows to at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
+        )
 
 
 @dataclass
