@@ -203,7 +203,7 @@ def flatten(figures: dict, prefix: str = ""):
     for key, value in figures.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}/")
-        elif key not in ("run", "stage", "ranks", "stderr"):
+        elif isinstance(value, int | float) and key != "ranks":
             yield prefix + key, value
 
 
