@@ -33,6 +33,7 @@ from elastic_rec.feature_store.decode import Users
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
+from elastic_rec.feature_store.limits import check_footer
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.errors import ConfigError
@@ -41,7 +42,6 @@ from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.scoring import commit, lockstep, open_job
 
 MOST_PARTS = 100_000  # part-00000 to part-99999
-MOST_ROWS_PER_BYTE = 1000  # a row of two constant columns takes more
 
 
 class Part(NamedTuple):
@@ -131,28 +131,13 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
         files.append([path.name, path.stat().st_size, footer.metadata.num_rows])
-        _check_claim(path, footer.metadata, sum(of_file for _, _, of_file in files), config.part_rows)
+        check_footer(f"candidates: {path}", footer.metadata, size_bytes=path.stat().st_size)
+        check_parts(sum(num_rows for *_, num_rows in files), config.part_rows)
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
                 parts.append(Part(len(parts), path, group, start, min(start + config.part_rows, num_rows)))
     return files, parts
-
-
-def _check_claim(path: Path, footer: pq.FileMetaData, num_rows: int, part_rows: int) -> None:
-    """Refuse a footer that cannot be true before parts are made of it. num_rows: up to and with this file."""
-    size = path.stat().st_size
-    claims = [footer.num_rows, *(footer.row_group(group).num_rows for group in range(footer.num_row_groups))]
-    if min(claims) < 0 or max(claims) > size * MOST_ROWS_PER_BYTE or claims[0] != sum(claims[1:]):
-        raise ConfigError(
-            f"candidates: {path} says that it has {claims[0]:,} rows in {size:,} bytes, row groups of "
-            f"{claims[1:][:3]}: its footer is damaged, write the file again"
-        )
-    if num_rows > MOST_PARTS * part_rows:
-        raise ConfigError(
-            f"candidates: {num_rows:,} rows up to {path.name} are over {MOST_PARTS:,} parts of part_rows={part_rows}: "
-            f"set part_rows to at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
-        )
 
 
 @dataclass
@@ -288,6 +273,14 @@ def _seconds(column: pa.ChunkedArray, where: str) -> np.ndarray:
     if not pa.types.is_integer(column.type):
         raise ConfigError(f"{where}: timestamp is {column.type}: give timestamps, or whole seconds since 1970")
     return column.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def check_parts(num_rows: int, part_rows: int) -> None:
+    if num_rows > MOST_PARTS * part_rows:
+        raise ConfigError(
+            f"candidates: {num_rows:,} rows are over {MOST_PARTS:,} parts of part_rows={part_rows}: set part_rows to "
+            f"at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
+        )
 
 
 def _has_string_users(task: RankingTask) -> bool:
