@@ -1,0 +1,158 @@
+"""The jobs that write, what each must have written in the end, and what a reader may find in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soak.lab import CAUSAL, Lab
+from soak.processes import verb
+from soak.trees import Tree, fresh, losses, tree, weights
+
+Calls = list[Callable[[], Any]]
+
+
+def store_is_whole(now: Tree, before: Tree, want: Tree) -> bool:
+    """The store that its manifest names is all there, the one before or the new one; with impressions likewise."""
+    return all(
+        name not in before
+        if name not in now
+        else any(t.get(name) == now[name] and t.items() <= now.items() for t in (before, want))
+        for name in ("store/manifest.json", "store/impressions/manifest.json")
+    )
+
+
+def parts_are_whole(now: Tree, before: Tree, want: Tree) -> bool:
+    """Every part that can be seen is the one before or the new one."""
+    parts = {path for path in now if path.startswith("out/part-")}
+    return all(now[path] in (before.get(path), want[path]) for path in parts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verb in the trial folder. pristine: what stands there before. start: a call per rank; again: of the rerun.
+
+    result: what must be equal in the end. is_whole(now, before, want): what a reader may meet after a kill.
+    done: what a rerun says that finds the work done and refuses to do it twice.
+    """
+
+    name: str
+    start: Calls
+    again: Calls
+    result: Callable[[Path], dict[str, Any]] = tree
+    is_whole: Callable[[Tree, Tree, Tree], bool] = lambda now, before, want: True
+    pristine: Path | None = None
+    done: str = "nothing of the kind"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The undisturbed job: the folder before and after it, its result, how long it took, changes of each rank."""
+
+    before: Tree
+    after: Tree
+    want: dict[str, Any]
+    seconds: float
+    changes: list[int]
+    grown_bytes: int
+
+
+class Jobs:
+    """The jobs of one kind, and their references, each made when it is first needed."""
+
+    def __init__(self, lab: Lab, make: Callable[[Lab], list[Job]]) -> None:
+        self.lab, self._make, self._jobs, self._references = lab, make, [], {}
+
+    def draw(self, number: int) -> tuple[Job, Reference]:
+        """They take turns."""
+        self._jobs = self._jobs or self._make(self.lab)
+        job, trial = self._jobs[number % len(self._jobs)], self.lab.trial
+        if job.name not in self._references:
+            fresh(trial, job.pristine)
+            before, had = tree(trial), _bytes(trial)
+            ended = self.lab.processes.must(*job.start)
+            self._references[job.name] = Reference(
+                before, tree(trial), job.result(trial), ended.seconds, ended.changes, _bytes(trial) - had
+            )
+        return job, self._references[job.name]
+
+
+def store_jobs(lab: Lab) -> list[Job]:
+    created, _ = lab.make("created", lab.create("store"))
+    appended, _ = lab.make("appended", lab.create("store"), lab.append("store"))
+    shown, _ = lab.make("shown", lab.create("store"), _impressions(lab, "[action]"))
+    where = ["data=files", f"data.store={lab.trial}/store"]
+    compact = verb("ingest", *where, "data.ingest.mode=compact", "data.ingest.grace_hours=0")
+    overwrite = lab.create("store", "data.ingest.overwrite=true", "data.ingest.num_buckets=3")
+    taken = "the same bytes were taken before"
+    calls = [
+        ("create", None, lab.create("store"), "a store is there already"),
+        ("append", created, lab.append("store"), taken),
+        ("overwrite", created, overwrite, ""),
+        ("impressions", created, _impressions(lab, "[action]"), ""),
+        ("impressions replaced", shown, _impressions(lab, "[]"), ""),
+        ("compact", appended, compact, ""),
+    ]
+    return [
+        Job(name, [call], [call], tree, store_is_whole, pristine, done or Job.done)
+        for name, pristine, call, done in calls
+    ]
+
+
+def score_jobs(lab: Lab) -> list[Job]:
+    full, incremental, ranking = score_full(lab), score_incremental(lab), score_ranking(lab)
+    return [
+        Job("score full", [full], [full], tree, parts_are_whole),
+        Job("score incremental", [incremental], [incremental], tree, parts_are_whole, scored_yesterday(lab)),
+        Job("score ranking", [ranking], [ranking], tree, parts_are_whole),
+    ]
+
+
+def train_jobs(lab: Lab) -> list[Job]:
+    from helpers import SMALL_TRAIN
+
+    steps = ["optim.max_steps=24", "optim.epochs=20", "run.checkpoint_every=5", "run.keep_last=3"]
+    where = [f"data.store={lab.store}", f"run.dir={lab.trial}/run"]
+    start, again = (
+        [verb("train", *SMALL_TRAIN, *CAUSAL, *steps, *where, *more)] * 2 for more in ([], ["run.resume=true"])
+    )
+    return [Job("train on 2 ranks", start, again, lambda trial: losses(trial / "run") | weights(trial / "run"))]
+
+
+def score_full(lab: Lab, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+    return verb("score", *_settings(lab.run, lab.trial), f"store={lab.store}", then=then)
+
+
+def score_incremental(lab: Lab, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+    where = [*_settings(lab.run, lab.trial), f"store={lab.trial}/store"]
+    return verb("score", *where, "mode=incremental", then=then)
+
+
+def score_ranking(lab: Lab, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+    lists = [f"candidates={lab.ranking}/lists.parquet", "part_rows=40"]
+    return verb("score", *_settings(lab.ranking / "run", lab.trial), "task=ranking", *lists, then=then)
+
+
+def scored_yesterday(lab: Lab) -> Path:
+    """A store with day 1 appended, states and parts of day 0."""
+    kept = lab.work / "lab/yesterday"
+    if not kept.exists():
+        lab.make("yesterday", lab.create("store"), score_incremental(lab), lab.append("store"))
+    return kept
+
+
+def _settings(run: Path, trial: Path) -> list[str]:
+    return [f"run={run}", f"out={trial}/out", "checkpoint=last", "k=6", "batch_size=16"]
+
+
+def _impressions(lab: Lab, context: str) -> Callable[[], Any]:
+    """The events themselves, taken for impressions of one candidate, rated."""
+    where = ["data=files", f"data.store={lab.trial}/store", "data.ingest.mode=impressions", "data.ingest.threads=1"]
+    log = [f"data.impressions.input=[{lab.days[0]}]", "data.impressions.label_columns=[liked]"]
+    return verb("ingest", *where, *log, f"data.impressions.context_columns={context}")
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

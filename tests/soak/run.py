@@ -1,0 +1,95 @@
+"""Inject faults for some minutes, and print what was survived.
+
+python tests/soak/run.py --minutes 5
+python tests/soak/run.py --kinds flips --trials 200 --minutes 60
+python tests/soak/run.py --kinds flips-data --first 17 --trials 1 --keep      (one trial again)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.dont_write_bytecode = True  # children would differ in what they write
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from soak.jobs import score_jobs, store_jobs, train_jobs
+from soak.kills import Kills
+from soak.kinds import Kind, Result, Tally, figures, table
+from soak.lab import Lab
+from soak.processes import OutOfTime, Processes
+
+GRACE_S = 60  # for the trial under way when the time is over
+
+
+def kinds(lab: Lab) -> list[Kind]:
+    return [
+        Kills("kill-stores", lab, store_jobs, signal=signal.SIGKILL, per_turn=12),
+        Kills("kill-scores", lab, score_jobs, signal=signal.SIGKILL, per_turn=6),
+        Kills("kill-train", lab, train_jobs, signal=signal.SIGKILL),
+    ]
+
+
+def main() -> int:
+    options = _options()
+    began, work = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
+    end = began + options.minutes * 60
+    lab = Lab(work, Processes(work, end=end + GRACE_S))
+    chosen = [kind for kind in kinds(lab) if kind.name.startswith(tuple(options.kinds.split(",")))]
+    tallies = {kind.name: Tally() for kind in chosen}
+    try:
+        soak(chosen, tallies, options, end=end)
+    except OutOfTime:
+        print("the trial under way was cut", file=sys.stderr)
+    finally:
+        print(f"work folder: {work}" if options.keep else "", file=sys.stderr)
+        if not options.keep:
+            shutil.rmtree(work)
+    print(table(tallies))
+    is_good = not any(tally.results[result] for tally in tallies.values() for result in (Result.lost, Result.silent))
+    print(json.dumps({"good": is_good, "seconds": round(time.monotonic() - began), "kinds": figures(tallies)}))
+    return 0 if is_good else 1
+
+
+def soak(chosen: list[Kind], tallies: dict[str, Tally], options: argparse.Namespace, *, end: float) -> None:
+    """Round-robin, some trials of each kind at a time, until the time is over or each kind has had its trials."""
+    left = list(chosen)
+    while left:
+        for kind in list(left):
+            for _ in range(kind.per_turn):
+                tally = tallies[kind.name]
+                if time.monotonic() > end:
+                    return
+                if tally.tried == options.trials:
+                    left.remove(kind)
+                    break
+                number, began = options.first + tally.tried, time.monotonic()
+                outcome = kind.trial(number, random.Random(f"{options.seed}/{kind.name}/{number}"))
+                tally.add(outcome, time.monotonic() - began)
+                if outcome.result is not Result.survived or options.keep:
+                    print(f"{kind.name} trial {number}: {outcome.result.name}, {outcome.how}: {outcome.what}\n"
+                          f"{outcome.text[-2000:]}", file=sys.stderr)  # fmt: skip
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5, help="of all together, building included")
+    parser.add_argument("--seed", type=int, default=0, help="of files, bits and moments")
+    parser.add_argument("--kinds", default="", help="those whose name begins like one of these, separated by commas")
+    parser.add_argument("--trials", type=int, default=-1, help="at most so many of each kind; -1: no limit")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial: repeats one that went wrong")
+    parser.add_argument("--keep", action="store_true", help="keep the work folder, and tell every trial")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
