@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from soak.lab import CAUSAL, Lab
-from soak.processes import verb
+from soak.processes import Call, verb
 from soak.trees import Tree, fresh, losses, tree, weights
 
-Calls = list[Callable[[], Any]]
+Calls = list[Call]
 
 
 def store_is_whole(now: Tree, before: Tree, want: Tree) -> bool:
@@ -80,9 +80,9 @@ class Jobs:
 
 
 def store_jobs(lab: Lab) -> list[Job]:
-    created, _ = lab.make("created", lab.create("store"))
-    appended, _ = lab.make("appended", lab.create("store"), lab.append("store"))
-    shown, _ = lab.make("shown", lab.create("store"), _impressions(lab, "[action]"))
+    created = lab.created
+    appended = lab.made("appended", lab.create("store"), lab.append("store"))
+    shown = lab.made("shown", lab.create("store"), _impressions(lab, "[action]"))
     where = ["data=files", f"data.store={lab.trial}/store"]
     compact = verb("ingest", *where, "data.ingest.mode=compact", "data.ingest.grace_hours=0")
     overwrite = lab.create("store", "data.ingest.overwrite=true", "data.ingest.num_buckets=3")
@@ -121,33 +121,30 @@ def train_jobs(lab: Lab) -> list[Job]:
     return [Job("train on 2 ranks", start, again, lambda trial: losses(trial / "run") | weights(trial / "run"))]
 
 
-def score_full(lab: Lab, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+def score_full(lab: Lab, then: Call | None = None) -> Call:
     return verb("score", *_settings(lab.run, lab.trial), f"store={lab.store}", then=then)
 
 
-def score_incremental(lab: Lab, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+def score_incremental(lab: Lab, then: Call | None = None) -> Call:
     where = [*_settings(lab.run, lab.trial), f"store={lab.trial}/store"]
     return verb("score", *where, "mode=incremental", then=then)
 
 
-def score_ranking(lab: Lab, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+def score_ranking(lab: Lab, then: Call | None = None) -> Call:
     lists = [f"candidates={lab.ranking}/lists.parquet", "part_rows=40"]
     return verb("score", *_settings(lab.ranking / "run", lab.trial), "task=ranking", *lists, then=then)
 
 
 def scored_yesterday(lab: Lab) -> Path:
     """A store with day 1 appended, states and parts of day 0."""
-    kept = lab.work / "lab/yesterday"
-    if not kept.exists():
-        lab.make("yesterday", lab.create("store"), score_incremental(lab), lab.append("store"))
-    return kept
+    return lab.made("yesterday", lab.create("store"), score_incremental(lab), lab.append("store"))
 
 
 def _settings(run: Path, trial: Path) -> list[str]:
     return [f"run={run}", f"out={trial}/out", "checkpoint=last", "k=6", "batch_size=16"]
 
 
-def _impressions(lab: Lab, context: str) -> Callable[[], Any]:
+def _impressions(lab: Lab, context: str) -> Call:
     """The events themselves, taken for impressions of one candidate, rated."""
     where = ["data=files", f"data.store={lab.trial}/store", "data.ingest.mode=impressions", "data.ingest.threads=1"]
     log = [f"data.impressions.input=[{lab.days[0]}]", "data.impressions.label_columns=[liked]"]

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from soak.processes import Processes, verb
+from soak.processes import Call, Processes, verb
 from soak.trees import clear
 
 STORE = ["data=files", "data.ingest.context_columns=[action]", "data.ingest.num_buckets=4",
          "data.ingest.row_group_events=60", "data.ingest.threads=1"]  # fmt: skip
 CAUSAL = ["model.attention=causal", "model.chunk=4", "data.cuts=0", "data.columns=[action]"]
+STEADY = ["optim.final_lr_ratio=1", "run.checkpoint_every=4"]  # no schedule: more steps change no step before
 DAY_S = 86_400
 
 
@@ -33,49 +32,54 @@ class Lab:
         return paths
 
     @cached_property
+    def created(self) -> Path:
+        """A folder with a store of day 0."""
+        return self.made("created", self.create("store"))
+
+    @property
     def store(self) -> Path:
-        """A store of day 0, for those who only read it."""
-        return self.make("store", self.create("store"))[0] / "store"
+        """The store in it, for those who only read it."""
+        return self.created / "store"
 
     @cached_property
     def run(self) -> Path:
-        """A next-item run on it: checkpoints at steps 4 to 12."""
+        """A next-item run on the store: checkpoints at steps 4 to 12."""
         from helpers import SMALL_TRAIN
 
         run = self.work / "lab/run/run"
-        steps = ["optim.max_steps=12", "run.checkpoint_every=4", "run.keep_last=9"]
-        self.processes.must(verb("train", *SMALL_TRAIN, *CAUSAL, *steps, f"data.store={self.store}", f"run.dir={run}"))
+        steps = ["optim.max_steps=12", "run.keep_last=9", f"data.store={self.store}", f"run.dir={run}"]
+        self.processes.must(verb("train", *SMALL_TRAIN, *CAUSAL, *STEADY, *steps))
         return run
 
     @cached_property
     def ranking(self) -> Path:
-        """A folder with a store that has impressions, the files it was made of, and a ranking run."""
+        """A folder with a store that has impressions, a ranking run on it, and lists of candidates."""
         from test_ranking_task import RANKING
 
-        root = self.work / "lab/ranking"
-        self.processes.must(lambda: _ranking_store(root))
-        steps = ["optim.max_steps=6", f"data.store={root}/store", f"run.dir={root}/run"]
-        self.processes.must(verb("train", *RANKING, *steps))
-        return root
-
-    def create(self, name: str, *overrides: str) -> Callable[[], Any]:
-        """Ingest of day 0 to trial/NAME."""
-        return verb(
-            "ingest", *STORE, f"data.ingest.input=[{self.days[0]}]", f"data.store={self.trial}/{name}", *overrides
+        train = verb(
+            "train", *RANKING, "optim.max_steps=6", f"data.store={self.trial}/store", f"run.dir={self.trial}/run"
         )
+        return self.made("ranking", lambda: _ranking_store(self.trial), train)
 
-    def append(self, name: str) -> Callable[[], Any]:
+    def create(self, name: str, *overrides: str) -> Call:
+        """Ingest of day 0 to trial/NAME."""
+        where = [f"data.ingest.input=[{self.days[0]}]", f"data.store={self.trial}/{name}"]
+        return verb("ingest", *STORE, *where, *overrides)
+
+    def append(self, name: str, then: Call | None = None) -> Call:
         """Append of day 1 to trial/NAME."""
         where = [f"data.store={self.trial}/{name}", "data.ingest.mode=append", "data.ingest.threads=1"]
-        return verb("ingest", "data=files", *where, f"data.ingest.input=[{self.days[1]}]")
+        return verb("ingest", "data=files", *where, f"data.ingest.input=[{self.days[1]}]", then=then)
 
-    def make(self, name: str, *calls: Callable[[], Any]) -> tuple[Path, list[Any]]:
-        """Run the calls one after another in an empty trial folder, and keep it. Returns it, and the last answers."""
-        clear(self.trial)
-        answers = [self.processes.must(call).answers for call in calls]
+    def made(self, name: str, *calls: Call) -> Path:
+        """What the calls leave in an empty trial folder, one after another; kept under a name, and made once."""
         kept = self.work / "lab" / name
-        shutil.copytree(self.trial, kept)
-        return kept, answers[-1]
+        if not kept.exists():
+            clear(self.trial)
+            for call in calls:
+                self.processes.must(call)
+            shutil.copytree(self.trial, kept)
+        return kept
 
 
 def _write_day(path: Path, day: int) -> None:

@@ -24,6 +24,8 @@ LIMIT_S = 180  # of a child that nothing disturbs; a child over it hangs
 PEERS_S = 30  # for the other ranks after one has ended badly
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 
+Call = Callable[[], Any]
+
 
 class OutOfTime(Exception):
     """The time of the whole soak is over: the trial under way is cut and not counted."""
@@ -74,7 +76,7 @@ class Processes:
     def __init__(self, work: Path, *, end: float) -> None:
         self.work, self.end = work, end
 
-    def run(self, *calls: Callable[[], Any], strike: Strike | None = None) -> Ended:
+    def run(self, *calls: Call, strike: Strike | None = None) -> Ended:
         """One child per call, as ranks of one world where there are several; waits for all."""
         log, answers = self.work / "log", [self.work / f"answer-{rank}.json" for rank in range(len(calls))]
         for path in (log, *answers):
@@ -99,7 +101,7 @@ class Processes:
         seconds = time.monotonic() - began
         return Ended(codes, text, seconds, [answer for answer, _ in told], [changes for _, changes in told], hung)
 
-    def must(self, *calls: Callable[[], Any]) -> Ended:
+    def must(self, *calls: Call) -> Ended:
         """Run what nothing disturbs."""
         ended = self.run(*calls)
         if not ended.is_good:
@@ -128,7 +130,7 @@ class Processes:
         return [codes[pid] for pid in pids], hung
 
 
-def verb(name: str, *overrides: str, then: Callable[[], Any] | None = None) -> Callable[[], Any]:
+def verb(name: str, *overrides: str, then: Call | None = None) -> Call:
     """A call of a verb's command line in a child; then: computes the answer, after the verb said that all is well."""
     import_module(f"elastic_rec.pipeline.{name}")  # once, in the process that forks
 
@@ -156,7 +158,7 @@ def _worlds(size: int) -> list[dict[str, str]]:
 
 
 def _child(
-    call: Callable[[], Any], group: int, world: dict[str, str], strike: Strike | None, log: Path, answers: list[Path]
+    call: Call, group: int, world: dict[str, str], strike: Strike | None, log: Path, answers: list[Path]
 ) -> None:
     """Never returns."""
     code, changes = 1, 0

@@ -22,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.dont_write_bytecode = True  # children would differ in what they write
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from soak.flips import Flips
 from soak.jobs import score_jobs, store_jobs, train_jobs
 from soak.kills import Kills
 from soak.kinds import Kind, Result, Tally, figures, table
 from soak.lab import Lab
 from soak.processes import OutOfTime, Processes
+from soak.targets import impression_targets, run_targets, score_targets, state_targets, store_targets
 
 GRACE_S = 60  # for the trial under way when the time is over
 
@@ -36,6 +38,14 @@ def kinds(lab: Lab) -> list[Kind]:
         Kills("kill-stores", lab, store_jobs, signal=signal.SIGKILL, per_turn=12),
         Kills("kill-scores", lab, score_jobs, signal=signal.SIGKILL, per_turn=6),
         Kills("kill-train", lab, train_jobs, signal=signal.SIGKILL),
+        Flips("flip-store-manifest", lab, store_targets(["store/manifest*.json"])),
+        Flips("flip-vocabularies", lab, store_targets(["store/vocab/*"], with_score=True)),
+        Flips("flip-histories", lab, store_targets(["store/bucket=*/*"], with_score=True)),
+        Flips("flip-impressions", lab, impression_targets),
+        Flips("flip-checkpoints", lab, run_targets(["run/checkpoints/**/*"])),
+        Flips("flip-run", lab, run_targets(["run/*.yaml", "run/tables.json"])),
+        Flips("flip-states", lab, state_targets),
+        Flips("flip-scores", lab, score_targets),
     ]
 
 
