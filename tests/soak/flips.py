@@ -73,7 +73,8 @@ def _judge(path: Path, ended: Ended, whole: Ended, reader: Reader) -> tuple[Resu
     if not ended.is_good:
         result = Result.lost if ended.hung else Result.survived
         return result, f"refused: {ended.failure}", 0 if ended.failure == "one line" else 2
-    is_named = any(ended.text.count(name) > whole.text.count(name) for name in (path.name, path.parent.name))
+    names = [path.name, *([path.parent.name] if path.parent.name.startswith("step-") else [])]
+    is_named = any(ended.text.count(name) > whole.text.count(name) for name in names)
     if reader.must_notice:
         return Result.silent, "not noticed", 3
     if ended.answers == whole.answers:

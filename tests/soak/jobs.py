@@ -9,7 +9,7 @@ from typing import Any
 
 from soak.lab import CAUSAL, Lab
 from soak.processes import Call, verb
-from soak.trees import Tree, fresh, losses, tree, weights
+from soak.trees import Tree, fresh, losses, sizes, tree, weights
 
 Calls = list[Call]
 
@@ -49,7 +49,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Reference:
-    """The undisturbed job: the folder before and after it, its result, how long it took, changes of each rank."""
+    """The undisturbed job: the folder before and after it, its result, how long it took, changes of each rank, the
+    bytes it added, its largest file."""
 
     before: Tree
     after: Tree
@@ -57,6 +58,7 @@ class Reference:
     seconds: float
     changes: list[int]
     grown_bytes: int
+    largest_bytes: int
 
 
 class Jobs:
@@ -71,10 +73,16 @@ class Jobs:
         job, trial = self._jobs[number % len(self._jobs)], self.lab.trial
         if job.name not in self._references:
             fresh(trial, job.pristine)
-            before, had = tree(trial), _bytes(trial)
-            ended = self.lab.processes.must(*job.start)
+            before, had = tree(trial), sizes(trial)
+            ended, has = self.lab.processes.must(*job.start), sizes(trial)
             self._references[job.name] = Reference(
-                before, tree(trial), job.result(trial), ended.seconds, ended.changes, _bytes(trial) - had
+                before=before,
+                after=tree(trial),
+                want=job.result(trial),
+                seconds=ended.seconds,
+                changes=ended.changes,
+                grown_bytes=sum(has) - sum(had),
+                largest_bytes=max(has),
             )
         return job, self._references[job.name]
 
@@ -131,8 +139,8 @@ def score_incremental(lab: Lab, then: Call | None = None) -> Call:
 
 
 def score_ranking(lab: Lab, then: Call | None = None) -> Call:
-    lists = [f"candidates={lab.ranking}/lists.parquet", "part_rows=40"]
-    return verb("score", *_settings(lab.ranking / "run", lab.trial), "task=ranking", *lists, then=then)
+    where = [f"store={lab.ranking}/store", f"candidates={lab.ranking}/lists.parquet", "part_rows=40"]
+    return verb("score", *_settings(lab.ranking / "run", lab.trial), *where, "task=ranking", then=then)
 
 
 def scored_yesterday(lab: Lab) -> Path:
@@ -149,7 +157,3 @@ def _impressions(lab: Lab, context: str) -> Call:
     where = ["data=files", f"data.store={lab.trial}/store", "data.ingest.mode=impressions", "data.ingest.threads=1"]
     log = [f"data.impressions.input=[{lab.days[0]}]", "data.impressions.label_columns=[liked]"]
     return verb("ingest", *where, *log, f"data.impressions.context_columns={context}")
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -18,11 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
+# ruff: noqa: E402
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.dont_write_bytecode = True  # children would differ in what they write
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from soak.flips import Flips
+from soak.full_disk import FullDisk
 from soak.jobs import score_jobs, store_jobs, train_jobs
 from soak.kills import Kills
 from soak.kinds import Kind, Result, Tally, figures, table
@@ -38,11 +40,13 @@ def kinds(lab: Lab) -> list[Kind]:
         Kills("kill-stores", lab, store_jobs, signal=signal.SIGKILL, per_turn=12),
         Kills("kill-scores", lab, score_jobs, signal=signal.SIGKILL, per_turn=6),
         Kills("kill-train", lab, train_jobs, signal=signal.SIGKILL),
+        Kills("terminate-train", lab, train_jobs, signal=signal.SIGTERM),
+        FullDisk(lab, [store_jobs, score_jobs, train_jobs]),
         Flips("flip-store-manifest", lab, store_targets(["store/manifest*.json"])),
         Flips("flip-vocabularies", lab, store_targets(["store/vocab/*"], with_score=True)),
         Flips("flip-histories", lab, store_targets(["store/bucket=*/*"], with_score=True)),
         Flips("flip-impressions", lab, impression_targets),
-        Flips("flip-checkpoints", lab, run_targets(["run/checkpoints/**/*"])),
+        Flips("flip-checkpoints", lab, run_targets(["run/checkpoints/*.json", "run/checkpoints/step-00000012/*"])),
         Flips("flip-run", lab, run_targets(["run/*.yaml", "run/tables.json"])),
         Flips("flip-states", lab, state_targets),
         Flips("flip-scores", lab, score_targets),
@@ -85,9 +89,13 @@ def soak(chosen: list[Kind], tallies: dict[str, Tally], options: argparse.Namesp
                 number, began = options.first + tally.tried, time.monotonic()
                 outcome = kind.trial(number, random.Random(f"{options.seed}/{kind.name}/{number}"))
                 tally.add(outcome, time.monotonic() - began)
-                if outcome.result is not Result.survived or options.keep:
-                    print(f"{kind.name} trial {number}: {outcome.result.name}, {outcome.how}: {outcome.what}\n"
-                          f"{outcome.text[-2000:]}", file=sys.stderr)  # fmt: skip
+                is_bad = outcome.result is not Result.survived
+                if is_bad or options.keep:
+                    said = f"\n{outcome.text[-2000:]}" if is_bad or outcome.rank > 1 else ""
+                    print(
+                        f"{kind.name} {number}: {outcome.result.name}, {outcome.how}: {outcome.what}{said}",
+                        file=sys.stderr,
+                    )
 
 
 def _options() -> argparse.Namespace:

@@ -21,6 +21,11 @@ def tree(folder: Path, pattern: str = "**/*") -> Tree:
     }
 
 
+def sizes(folder: Path) -> list[int]:
+    """Bytes of each file."""
+    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+
+
 def fresh(folder: Path, pristine: Path | None = None, *, linked: bool = False) -> None:
     """Make `folder` a copy of `pristine`, or empty. linked: by hard links, for jobs that replace files by renames."""
     clear(folder)
