@@ -118,15 +118,16 @@ def score_jobs(lab: Lab) -> list[Job]:
     ]
 
 
-def train_jobs(lab: Lab) -> list[Job]:
+def train_jobs(lab: Lab, *, ranks: int = 2) -> list[Job]:
     from helpers import SMALL_TRAIN
 
     steps = ["optim.max_steps=24", "optim.epochs=20", "run.checkpoint_every=5", "run.keep_last=3"]
     where = [f"data.store={lab.store}", f"run.dir={lab.trial}/run"]
     start, again = (
-        [verb("train", *SMALL_TRAIN, *CAUSAL, *steps, *where, *more)] * 2 for more in ([], ["run.resume=true"])
+        [verb("train", *SMALL_TRAIN, *CAUSAL, *steps, *where, *more)] * ranks for more in ([], ["run.resume=true"])
     )
-    return [Job("train on 2 ranks", start, again, lambda trial: losses(trial / "run") | weights(trial / "run"))]
+    name = f"train, {ranks} rank{'s' * (ranks > 1)}"
+    return [Job(name, start, again, lambda trial: losses(trial / "run") | weights(trial / "run"))]
 
 
 def score_full(lab: Lab, then: Call | None = None) -> Call:

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 # ruff: noqa: E402
@@ -29,6 +30,7 @@ from soak.jobs import score_jobs, store_jobs, train_jobs
 from soak.kills import Kills
 from soak.kinds import Kind, Result, Tally, figures, table
 from soak.lab import Lab
+from soak.power_cuts import PowerCuts
 from soak.processes import OutOfTime, Processes
 from soak.targets import impression_targets, run_targets, score_targets, state_targets, store_targets
 
@@ -42,6 +44,7 @@ def kinds(lab: Lab) -> list[Kind]:
         Kills("kill-train", lab, train_jobs, signal=signal.SIGKILL),
         Kills("terminate-train", lab, train_jobs, signal=signal.SIGTERM),
         FullDisk(lab, [store_jobs, score_jobs, train_jobs]),
+        PowerCuts(lab, [store_jobs, score_jobs, partial(train_jobs, ranks=1)]),
         Flips("flip-store-manifest", lab, store_targets(["store/manifest*.json"])),
         Flips("flip-vocabularies", lab, store_targets(["store/vocab/*"], with_score=True)),
         Flips("flip-histories", lab, store_targets(["store/bucket=*/*"], with_score=True)),
