@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from soak.kinds import Outcome, Result
 from soak.lab import Lab
@@ -79,4 +81,18 @@ def _judge(path: Path, ended: Ended, whole: Ended, reader: Reader) -> tuple[Resu
         return Result.silent, "not noticed", 3
     if ended.answers == whole.answers:
         return Result.survived, "named, answer whole" if is_named else "harmless", 1
-    return (Result.survived, "named, another answer", 2) if is_named else (Result.silent, "another answer", 3)
+    if not is_named:
+        return Result.silent, "another answer", 3
+    is_alike = are_alike(ended.answers, whole.answers)
+    return Result.survived, "named, answer alike" if is_alike else "named, another answer", 2 - is_alike
+
+
+def are_alike(found: Any, want: Any) -> bool:
+    """Equal, but for the rounding of numbers that were computed in another order."""
+    if isinstance(found, dict) and isinstance(want, dict):
+        return found.keys() == want.keys() and all(are_alike(found[key], want[key]) for key in found)
+    if isinstance(found, list) and isinstance(want, list):
+        return len(found) == len(want) and all(map(are_alike, found, want))
+    if isinstance(found, float) and isinstance(want, float):
+        return math.isclose(found, want, rel_tol=1e-4, abs_tol=1e-4)
+    return found == want
