@@ -33,7 +33,7 @@ class FullDisk:
         job, reference = self.jobs.draw(number)
         share = draw.random()
         with self._disk():
-            fresh(self.lab.trial, job.pristine)
+            fresh(self.lab.trial, job.pristine())
             if self.may_mount:
                 room = int(share * 1.5 * max(reference.grown_bytes, 32 * PAGE))
                 self._resize(shutil.disk_usage(self.lab.trial).used + room // PAGE * PAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Job:
     again: Calls
     result: Callable[[Path], dict[str, Any]] = tree
     is_whole: Callable[[Tree, Tree, Tree], bool] = lambda now, before, want: True
-    pristine: Path | None = None
+    pristine: Callable[[], Path] = lambda: None
     done: str = "nothing of the kind"
 
 
@@ -72,7 +73,7 @@ class Jobs:
         self._jobs = self._jobs or self._make(self.lab)
         job, trial = self._jobs[number % len(self._jobs)], self.lab.trial
         if job.name not in self._references:
-            fresh(trial, job.pristine)
+            fresh(trial, job.pristine())
             before, had = tree(trial), sizes(trial)
             ended, has = self.lab.processes.must(*job.start), sizes(trial)
             self._references[job.name] = Reference(
@@ -88,15 +89,21 @@ class Jobs:
 
 
 def store_jobs(lab: Lab) -> list[Job]:
-    created = lab.created
-    appended = lab.made("appended", lab.create("store"), lab.append("store"))
-    shown = lab.made("shown", lab.create("store"), _impressions(lab, "[action]"))
+    def created() -> Path:
+        return lab.created
+
+    def appended() -> Path:
+        return lab.made("appended", lab.create("store"), lab.append("store"))
+
+    def shown() -> Path:
+        return lab.made("shown", lab.create("store"), _impressions(lab, "[action]"))
+
     where = ["data=files", f"data.store={lab.trial}/store"]
     compact = verb("ingest", *where, "data.ingest.mode=compact", "data.ingest.grace_hours=0")
     overwrite = lab.create("store", "data.ingest.overwrite=true", "data.ingest.num_buckets=3")
     taken = "the same bytes were taken before"
     calls = [
-        ("create", None, lab.create("store"), "a store is there already"),
+        ("create", Job.pristine, lab.create("store"), "a store is there already"),
         ("append", created, lab.append("store"), taken),
         ("overwrite", created, overwrite, ""),
         ("impressions", created, _impressions(lab, "[action]"), ""),
@@ -113,7 +120,7 @@ def score_jobs(lab: Lab) -> list[Job]:
     full, incremental, ranking = score_full(lab), score_incremental(lab), score_ranking(lab)
     return [
         Job("score full", [full], [full], tree, parts_are_whole),
-        Job("score incremental", [incremental], [incremental], tree, parts_are_whole, scored_yesterday(lab)),
+        Job("score incremental", [incremental], [incremental], tree, parts_are_whole, partial(scored_yesterday, lab)),
         Job("score ranking", [ranking], [ranking], tree, parts_are_whole),
     ]
 

@@ -23,7 +23,7 @@ class Kills:
 
     def trial(self, number: int, draw: random.Random) -> Outcome:
         job, reference = self.jobs.draw(number)
-        fresh(self.lab.trial, job.pristine)
+        fresh(self.lab.trial, job.pristine())
         strikes = [self._strike(reference, draw) for _ in range(draw.choice((1, 1, 2)))]
         what, hows = f"{job.name}, {' and '.join(map(str, strikes))}", []
         for calls, strike in zip((job.start, job.again), strikes, strict=False):

@@ -47,7 +47,7 @@ class PowerCuts:
     def _recorded(self, job: Job) -> list[tuple[dict, bool]]:
         """(what the disk may have held, whether the job had ended), of an undisturbed job."""
         if job.name not in self._images:
-            fresh(self.lab.trial, job.pristine)
+            fresh(self.lab.trial, job.pristine())
             kept = self.lab.work / "moments"
             (start,) = job.start
             self.lab.processes.must(_record(start, self.lab.trial, kept))
