@@ -15,14 +15,15 @@ from typing import NamedTuple
 from elastic_rec.feature_store import schema
 from elastic_rec.feature_store.checks import Policy
 from elastic_rec.feature_store.contents import write_sorted, write_vocabularies
+from elastic_rec.feature_store.credentials import mask_credentials
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
-from elastic_rec.feature_store.generations import next_generation, publish, scratch_folder, writing
+from elastic_rec.feature_store.generations import append_folder, next_generation, publish, writing
 from elastic_rec.feature_store.ingest import IngestConfig, TimeUnit
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.manifest import check_digest, put_in_place
 from elastic_rec.feature_store.merge import MergeEngine
 from elastic_rec.feature_store.progress import peak_memory_bytes
-from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST
 
@@ -39,7 +40,7 @@ def append(config: IngestConfig) -> dict:
         paths, format = find_inputs(config.input, format=config.format.value)
         if not config.force and config.event_id_column is None:
             _refuse_known(paths, base)
-        with scratch_folder(root) as work:
+        with append_folder(root) as work:
             merged = _merge(config, base, paths, format, work)
             figures = _publish(base, merged, work) if merged.counts else _nothing_new(base, merged)
     seconds = time.perf_counter() - began
@@ -99,16 +100,15 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
 
 def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
-    taken = base.manifest["source"]["files"]
-    known = {entry["sha256"]: f"{entry['path']}, generation {entry['generation']}" for entry in taken}
+    taken = [entry for entry in base.manifest["source"]["files"] if entry["events"]]
+    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, generation {entry['generation']}" for entry in taken}
+    sizes = {entry["bytes"] for entry in taken}
     for path in paths:
-        digest = path.digest()
-        if digest in known:
+        if path.size() in sizes and (digest := path.digest()) in known:
             raise DataError(
                 f"{path}: the same bytes were taken before ({known[digest]}); nothing was appended. To append such "
                 "events once more and so double them: force=true"
             )
-        known[digest] = f"{path}, this append"
 
 
 class Merged(NamedTuple):
@@ -199,7 +199,10 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
         "vocabularies": vocabularies,
         "source": {
             **source,
-            "files": [*source["files"], *({**entry, "generation": number} for entry in merged.inputs)],
+            "files": [
+                *({**entry, "path": mask_credentials(entry["path"])} for entry in source["files"]),
+                *({**entry, "generation": number} for entry in merged.inputs),
+            ],
         },
         "filters": filters | {name: filters[name] + more for name, more in dropped.items()},
         "checks": merged.checks,

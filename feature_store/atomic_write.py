@@ -28,13 +28,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     aside = aside_of(path)
     try:
-        yield aside
-        sync(aside)
-        aside.replace(path)
+        with at_place(path):
+            yield aside
+            sync(aside)
+            aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def at_place(path: Any) -> Iterator[None]:
+    """Notes on an error inside what was being written: the system names no path where a write fails."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(str(path))
+        raise
 
 
 def aside_of(path: Path) -> Path:
@@ -55,6 +66,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=1) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, so that they last through a power cut."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed writes left in a folder. Nobody may be writing there."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.is_file():
+            leftover.unlink()
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON, with null for NaN and infinities: JSON has no words for them, and most readers refuse them."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
@@ -67,6 +93,14 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Makes everything in a folder last through a power cut, but not the folder's own name."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(inside, name))
+        sync(Path(inside))
 
 
 def _finite(value: Any) -> Any:

@@ -3,8 +3,10 @@
 | check        | an event fails when                                          | policies         |
 |--------------|--------------------------------------------------------------|------------------|
 | null_ids     | user, item or event id is empty, or no int64 in a typed file | fail, drop       |
-| bad_times    | its time is empty, no number, negative, fractional, too big  | fail, drop       |
+| null_words   | one of them is text that means empty: nan, None, null, ...   | fail, drop, keep |
+| bad_times    | its time is empty, no time, negative, fractional, too big    | fail, drop       |
 | future_times | its time is after `future_after`                             | fail, drop, keep |
+| wrong_clock  | all times of its file look like another unit (file_clock.py) | fail, keep       |
 | duplicates   | user, time and event id are those of an earlier event        | fail, drop, keep |
 | out_of_order | it stands in the input behind a newer event of its user      | fail, drop, keep |
 | gaps         | more than `max_gap_days` lie between it and the user's next  | fail, drop, keep |
@@ -30,6 +32,7 @@ SEQ = "seq"
 # Places of events that a store holds already count up from here, so each is less than any row of the input.
 BEFORE_ALL_INPUT = -(1 << 62)
 DAY_S = 24 * 3600
+ID_ROLES = ("user", "item", "event_id")
 
 
 class Policy(Enum):
@@ -38,7 +41,11 @@ class Policy(Enum):
     keep = "keep"
 
 
-CHECKS = ("null_ids", "bad_times", "future_times", "duplicates", "out_of_order", "gaps")
+CHECKS = (
+    "null_ids", "null_words", "bad_times", "future_times", "wrong_clock", "duplicates", "out_of_order", "gaps"
+)  # fmt: skip
+# What pandas, Python, Java, Hive and SQL write for a missing value. "NA" is not among them: it is Namibia.
+NULL_WORDS = ("nan", "NaN", "None", "none", "null", "NULL", "Null", "<NA>", "NaT", "\\N")
 
 
 @dataclass
@@ -48,15 +55,26 @@ class ChecksConfig:
     null_ids: Policy = field(
         default=Policy.fail, metadata={"help": "Empty user, item or event id, or one beyond int64: fail or drop."}
     )
+    null_words: Policy = field(
+        default=Policy.fail,
+        metadata={"help": "Id that is text for a missing one (nan, NaN, None, null, <NA>, ...): fail, drop or keep."},
+    )
     bad_times: Policy = field(
         default=Policy.fail,
-        metadata={"help": "Time empty, no number, negative, fractional or beyond int64: fail or drop."},
+        metadata={"help": "Time empty, no time, negative, fractional or beyond int64: fail or drop."},
     )
     future_times: Policy = field(
         default=Policy.fail, metadata={"help": "Time after future_after (often a wrong unit): fail, drop or keep."}
     )
     future_after: str | None = field(
         default=None, metadata={"help": "ISO date or epoch seconds; none: one day from now."}
+    )
+    wrong_clock: Policy = field(
+        default=Policy.fail,
+        metadata={
+            "help": "All times of a file look like another unit (seconds read as milliseconds), like YYYYMMDD or like "
+            "float32: fail or keep."
+        },
     )
     duplicates: Policy = field(
         default=Policy.drop,
@@ -78,21 +96,35 @@ class ChecksConfig:
         for name in ("null_ids", "bad_times"):
             if getattr(self, name) is Policy.keep:
                 raise ValueError(f"checks.{name}=keep: such events cannot be stored; set fail or drop")
+        if self.wrong_clock is Policy.drop:
+            raise ValueError("checks.wrong_clock=drop: it is about whole files; set fail or keep, or leave files out")
         if self.max_gap_days <= 0:
             raise ValueError(f"checks.max_gap_days={self.max_gap_days}: must be positive")
         self.future_after_s()
 
     def future_after_s(self) -> int:
-        return int(time.time()) + DAY_S if self.future_after is None else parse_time_s(self.future_after)
+        if self.future_after is None:
+            return int(time.time()) + DAY_S
+        return parse_time_s(self.future_after, key="checks.future_after")
 
     def named(self, policy: Policy) -> list[str]:
         return [name for name in CHECKS if getattr(self, name) is policy]
 
-    def row_conditions(self, roles: list[str], unit: str) -> dict[str, str]:
-        """Checks that one event alone decides, as SQL over the staged columns."""
-        ids = " OR ".join(f'"{role}" IS NULL' for role in roles if role in ("user", "item", "event_id"))
-        latest = self.future_after_s() * UNITS_PER_SECOND[unit]
-        return {"null_ids": ids, "bad_times": "timestamp IS NULL", "future_times": f"timestamp > {latest}"}
+    def row_conditions(self, kinds: dict[str, str], unit: str) -> dict[str, str]:
+        """Checks that one event alone decides, as SQL over the staged columns. kinds: role -> "int64" | "text" | ..."""
+        ids = [role for role in kinds if role in ID_ROLES]
+        words = ", ".join(f"'{word}'" for word in NULL_WORDS)
+        texts = [f'"{role}" IN ({words})' for role in ids if kinds[role] == "text"]
+        return {
+            "null_ids": " OR ".join(f'"{role}" IS NULL' for role in ids),
+            "null_words": " OR ".join(texts) or "false",
+            "bad_times": "timestamp IS NULL",
+            "future_times": f"timestamp > {self.latest(unit)}",
+        }
+
+    def latest(self, unit: str) -> int:
+        """The last moment that is not in the future, in `unit`."""
+        return self.future_after_s() * UNITS_PER_SECOND[unit]
 
     def max_gap(self, unit: str) -> int:
         return int(self.max_gap_days * DAY_S * UNITS_PER_SECOND[unit])

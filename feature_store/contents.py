@@ -59,7 +59,7 @@ def describe_schema(store_schema: pa.Schema) -> dict:
 
 def _describe_written(root: Path, file: WrittenFile) -> dict:
     return {
-        **manifest.describe_file(root, file.path),
+        **manifest.describe_data_file(root, file.path),
         "num_users": sum(users for users, _ in file.row_groups),
         "num_events": sum(events for _, events in file.row_groups),
         "row_groups": [list(group) for group in file.row_groups],

@@ -17,7 +17,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.schema import EVENTS, NUM_EVENTS, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
-from elastic_rec.feature_store.store import Store, open_data_file, read_row_groups
+from elastic_rec.feature_store.store import Store, StoreFile, read_row_groups
 
 # Stores whose decoded leaves fit in this many bytes (per decoder) are decoded once and kept for later epochs.
 CACHE_BYTES = 1 << 29
@@ -144,7 +144,10 @@ class Decoder:
         file, number, *_ = self.groups[group]
         path, opened = self.store.files[file].path, self._open(file)
         if NUM_EVENTS in opened.schema_arrow.names:
-            return read_row_groups(opened, [number], [NUM_EVENTS], path)[NUM_EVENTS].to_numpy()
+            lengths = read_row_groups(opened, [number], [NUM_EVENTS], path)[NUM_EVENTS].to_numpy()
+            if lengths.sum() != self.groups[group].num_events:
+                raise DataError(f"{path}: row group {number} has lengths that do not add up; changed, rerun ingest")
+            return lengths
         return np.diff(self.decode(group).offsets)  # a store from before lengths were kept
 
     def user_ids(self, group: int) -> pa.Array:
@@ -165,8 +168,8 @@ class Decoder:
 
     def _open(self, file: int) -> pq.ParquetFile:
         if not hasattr(self._thread, "open"):
-            self._thread.open = lru_cache(maxsize=_OPEN_FILES)(open_data_file)
-        return self._thread.open(self.store.files[file].path)
+            self._thread.open = lru_cache(maxsize=_OPEN_FILES)(StoreFile.open)
+        return self._thread.open(self.store.files[file])
 
 
 def _decode_events(events: pa.ChunkedArray, first_row: int, names: list[str]) -> Users:

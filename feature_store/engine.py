@@ -16,14 +16,18 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy, duplicates_found
+from elastic_rec.feature_store.checks import ID_ROLES, NULL_WORDS, SEQ, ChecksConfig, Policy, duplicates_found
 from elastic_rec.feature_store.contents import write_sorted
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.file_clock import FileClock, clock_fault, clock_sql
 from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.inputs import check_entries
 from elastic_rec.feature_store.progress import progress
-from elastic_rec.feature_store.sources import Source, check_same_kinds, id_sql, open_source, time_sql
-from elastic_rec.feature_store.sql import bucket_sql, record_batches
+from elastic_rec.feature_store.sources import Source, check_same_kinds, open_source, unreadable
+from elastic_rec.feature_store.sql import bucket_sql, open_database, record_batches
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
+from elastic_rec.feature_store.time_columns import time_fault, time_sql, time_text_sql
+from elastic_rec.feature_store.times import unit_advice
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
 BATCH_EVENTS = 1 << 14
@@ -45,7 +49,7 @@ class DuckEngine:
         if threads > 0:
             config["threads"] = threads
         try:
-            self._db = duckdb.connect(str(work / "events.duckdb"), config=config)
+            self._db = open_database(work / "events.duckdb", config)
         except duckdb.Error as error:
             raise DataError(f"DuckDB refused its settings ({error}); check memory_limit and threads") from error
         self._work = work
@@ -53,8 +57,6 @@ class DuckEngine:
         self._roles = roles
         self._unit = unit
         self._checks = checks
-        self._conditions = checks.row_conditions(roles, unit)
-        self._found = dict.fromkeys(self._conditions, 0)
         self._num_loaded = 0
         self._indexed = [r for r in roles if r not in ("timestamp", "event_id")]
         self._kinds: dict[str, str] = {}
@@ -78,17 +80,18 @@ class DuckEngine:
             entries.append(self.load_input(path, format=format, columns=columns))
             bar.update(1)
         bar.close()
+        check_entries(entries)
         return entries
 
     def load_input(self, path: Location, *, format: str, columns: dict[str, str]) -> dict:
         """One file of load_inputs. A file that is not on the local disk is copied there while it is read."""
         self._is_typed = format == "parquet"
         local = path.fetch(self._work / "input")
-        source = open_source(path, local, format=format, columns=columns)
+        source = open_source(path, local, format=format, columns=columns, work=self._work)
         entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
         # What an append knows an input by: its bytes, not its name.
         entry["sha256"] = open_location(local).digest()
-        entry["events"] = self._load(source)
+        entry["events"] = self._load(source, format)
         if not path.is_local:
             local.unlink()
         return entry
@@ -96,34 +99,48 @@ class DuckEngine:
     def expect_kinds(self, kinds: dict[str, str], *, first: str) -> None:
         """Before the first file: what its columns have to be, as they are in `first`, which is read elsewhere."""
         self._kinds, self._first = kinds, first
+        self._conditions = self._checks.row_conditions({role: kinds[role] for role in self._roles}, self._unit)
+        self._found = dict.fromkeys([*self._conditions, "wrong_clock"], 0)
         columns = (f'"{r}" {"BIGINT" if r == "timestamp" or kinds[r] == "int64" else "VARCHAR"}' for r in self._roles)
         self._run(f"CREATE TABLE raw ({', '.join(columns)})")
 
-    def _load(self, source: Source) -> int:
+    def _load(self, source: Source, format: str) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
+        if source.is_empty:
+            return 0
         if not self._kinds:
             self.expect_kinds(source.kinds, first=str(source.path))
         check_same_kinds(source, self._kinds, self._first)
-        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
         try:
-            ((count,),) = self._run(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+            count = self._insert(source)
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(f"{source.path}: cannot be read: {_shortened(error)}") from error
-        if count == 0:
-            raise DataError(f"{source.path}: no events (a header only); remove it from input")
+            raise DataError(unreadable(source.path, error, is_tsv=format == "tsv")) from error
         self._check(source, count)
         self._num_loaded += count
         return count
+
+    def _insert(self, source: Source) -> int:
+        values = ", ".join(self._staged_sql(source, role) for role in self._roles)
+        try:
+            return self._one(f"INSERT INTO raw SELECT {values} FROM {source.scan}")
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error:
+            num_rows = source.quoted.num_rows() if source.quoted else None
+            if num_rows is None or self._one(f"SELECT count(*) FROM {source.quoted.scan}") != num_rows:
+                raise
+            return self._one(f"INSERT INTO raw SELECT {values} FROM {source.quoted.scan}")
 
     def _check(self, source: Source, count: int) -> None:
         """Counts the last `count` rows, those of source, that fail a check."""
         these = f"FROM raw WHERE rowid >= {self._num_loaded}"  # nothing is deleted before clean(): no rowid has moved
         counted = ", ".join(f"count(*) FILTER ({condition})" for condition in self._conditions.values())
-        (found,) = self._run(f"SELECT {counted} {these}")
-        found = dict(zip(self._conditions, found, strict=True))
+        latest = self._checks.latest(self._unit)
+        (figures,) = self._run(f"SELECT {counted}, {clock_sql(latest)} {these}")
+        found = dict(zip(self._conditions, figures, strict=False))
         for name, number in found.items():
             self._found[name] += number
         failed = [name for name in self._checks.named(Policy.fail) if found.get(name)]
@@ -136,6 +153,21 @@ class DuckEngine:
             )
             check = failed[why.index(True)]
             self._explain(source, row=row, check=check, more=found[check] - 1)
+        self._check_clock(source, FileClock(*figures[len(found) :]), f"{these} AND timestamp <= {latest}")
+
+    def _check_clock(self, source: Source, clock: FileClock, rows: str) -> None:
+        def count_where(condition: str) -> int:
+            return self._one(f"SELECT count(*) {rows} AND ({condition})")
+
+        fault = clock_fault(clock, self._unit, source.kinds["timestamp"], count_where)
+        if fault is None:
+            return
+        if self._checks.wrong_clock is Policy.fail:
+            raise DataError(
+                f"{source.path}: {clock.count} timestamps are read in timestamp_unit={self._unit}: {fault}. If they "
+                "are right, set checks.wrong_clock=keep"
+            )
+        self._found["wrong_clock"] += clock.count
 
     def drop_bad_rows(self) -> dict[str, int]:
         """After the last load: drops what fails a check that one row decides and whose policy is drop. Returns how many
@@ -308,7 +340,7 @@ class DuckEngine:
     def _staged_sql(self, source: Source, role: str) -> str:
         if role == "timestamp":
             return time_sql(source.raw[role], source.kinds[role], self._unit)
-        return id_sql(source.raw[role], source.kinds[role])
+        return source.ids[role]
 
     def _value(self, role: str) -> str:
         return f'CAST(raw."{role}" AS {SQL_TYPES[self._types[role]]})'
@@ -330,25 +362,34 @@ class DuckEngine:
 
     def _explain(self, source: Source, *, row: int, check: str, more: int) -> None:
         """Reads the one bad row again and raises DataError that quotes it. row counts from 0."""
-        roles = ("user", "item", "event_id") if check == "null_ids" else ("timestamp",)
+        roles = ID_ROLES if check in ("null_ids", "null_words") else ("timestamp",)
         needed = [role for role in self._roles if role in roles]
         others = f" ({more} more such rows in this file; checks.{check}=drop drops them)"
-        values = ", ".join([*(source.raw[r] for r in needed), *(f"({self._staged_sql(source, r)})" for r in needed)])
-        (found,) = self._run(f"SELECT {values} FROM {source.scan} LIMIT 1 OFFSET {row}")
+        quoted = [time_text_sql(source.raw[r], source.kinds[r]) for r in needed]
+        values = ", ".join([*quoted, *(f"({self._staged_sql(source, r)})" for r in needed)])
+        scan = source.quoted.scan if source.quoted else source.scan
+        (found,) = self._run(f"SELECT {values} FROM {scan} LIMIT 1 OFFSET {row}")
         raw, staged = found[: len(needed)], found[len(needed) :]
         where = f"{source.path}: row {row + 1}:"
         if check == "future_times":
             raise DataError(
-                f"{where} timestamp {raw[0]!r} is in the future for timestamp_unit={self._unit}; check the unit, or "
-                f"set checks.future_times=keep{others}"
+                f"{where} timestamp {raw[0]!r} is in the future for timestamp_unit={self._unit}; "
+                f"{unit_advice(staged[0], self._unit, 'timestamp_unit')}, or set checks.future_times=keep{others}"
+            )
+        if check == "null_words":
+            role = next(r for r, v in zip(needed, staged, strict=True) if v in NULL_WORDS)
+            raise DataError(
+                f"{where} {role} {raw[needed.index(role)]!r} is what writers put for a missing id; repair such rows, "
+                f"or set checks.null_words=keep where it is an id{others}"
             )
         role, value = next((r, v) for r, v, s in zip(needed, raw, staged, strict=True) if s is None)
         where += f" {role}"
         if value is None or value == "":
             raise DataError(f"{where} is empty (null); drop or repair such rows{others}")
         if role != "timestamp":
-            raise DataError(f"{where} {value!r} does not fit int64; write it as a string{others}")
-        raise DataError(f"{where} {value!r} {_time_fault(value, source.kinds[role], self._unit)}{others}")
+            exactly = "" if isinstance(value, int) else " exactly"
+            raise DataError(f"{where} {value!r} does not fit int64{exactly}; write it as a string{others}")
+        raise DataError(f"{where} {value!r} {time_fault(value, source.kinds[role], self._unit)}{others}")
 
     def _one(self, sql: str) -> int | str | None:
         return self._run(sql)[0][0]
@@ -356,26 +397,3 @@ class DuckEngine:
     def _run(self, sql: str) -> list[tuple]:
         # DuckDB 2 refuses the next statement while a result is not read to its end.
         return self._db.execute(sql).fetchall()
-
-
-def _time_fault(value: object, kind: str, unit: str) -> str:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return f"is not a number; timestamps are whole numbers of timestamp_unit ({unit}), convert dates first"
-    if number != number or number in (float("inf"), float("-inf")):
-        return "is not a finite number; drop or repair such rows"
-    if number < 0:
-        return "is negative; timestamps count from 1970, drop or repair such rows"
-    finer = {"s": "ms", "ms": "us", "us": "ns", "ns": "ns"}[unit]
-    if kind == "time":
-        return f"(ns since 1970) is no whole number of {unit}; set timestamp_unit={finer} or finer"
-    if number != int(number):
-        return f"is fractional in timestamp_unit={unit}; multiply by 1000 and set timestamp_unit={finer}"
-    return "does not fit int64; check timestamp_unit"
-
-
-def _shortened(error: Exception) -> str:
-    """What DuckDB says is wrong, without its own options for it, and without megabytes of the line at fault."""
-    lines = str(error).strip().splitlines()[:4]
-    return "\n".join(line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines)

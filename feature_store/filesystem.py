@@ -6,24 +6,24 @@
 
 A local rename is atomic; object stores have none, but a PUT is: a file is there whole or not at all once it is closed.
 So the same rule holds everywhere: data first, under names that nobody reads yet, the manifest last.
-Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), never from a URL: URLs are written down.
+Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), never from a URL (credentials.py).
 """
 
 from __future__ import annotations
 
-import fnmatch
-import glob
 import hashlib
 import os
 import posixpath
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from elastic_rec.feature_store.atomic_write import sync, write_bytes
+from elastic_rec.feature_store.atomic_write import make_folder, sync, write_bytes
+from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.errors import DataError
 
 _ARROW_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
@@ -73,6 +73,10 @@ class Location:
         """On an object store: is there anything below it."""
         return self._info().type == pafs.FileType.Directory
 
+    def size(self) -> int:
+        """Bytes of this file."""
+        return self._info().size
+
     def sizes(self, names: list[str]) -> list[int | None]:
         """Bytes of files below this folder, asked for at once; None where there is no such file."""
         return [info.size for info in self.filesystem.get_file_info([(self / name).path for name in names])]
@@ -114,21 +118,26 @@ class Location:
     def replace(self, content: bytes) -> None:
         """Whoever reads the file, now or after a crash, finds the old content or the new one whole."""
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as file:
+            # Arrow would pack it where the name ends in .gz or the like.
+            with self.filesystem.open_output_stream(self.path, compression=None) as file:
                 file.write(content)
             return
         write_bytes(Path(self.path), content)
 
     def receive(self, file: Path) -> None:
-        """Moves a finished local file here; on the local disk by a rename, so within one disk."""
+        """Moves a finished local file here; on the local disk by a rename, so within one disk. The file, its name and
+        its folder last through a power cut. DataError where not all of it arrived elsewhere."""
         if self.is_local:
             target = Path(self.path)
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
+            sync(file)
             file.rename(target)
             sync(target.parent)
-        else:
-            pafs.copy_files(str(file), self.path, destination_filesystem=self.filesystem)
-            file.unlink()
+            return
+        pafs.copy_files(str(file), self.path, destination_filesystem=self.filesystem)
+        if (arrived := self._info().size) != (sent := file.stat().st_size):
+            raise DataError(f"{self.url}: {arrived} of {sent} bytes arrived; run again")
+        file.unlink()
 
     def fetch(self, folder: Path) -> Path:
         """The file on the local disk: itself, or a copy in `folder` under its own name."""
@@ -150,10 +159,12 @@ class Location:
 
 
 def open_location(url: str | os.PathLike | Location) -> Location:
-    """A path or URL -> Location, whether or not anything is there. DataError for a scheme without a client."""
+    """A path or URL -> Location, whether or not anything is there. DataError for a scheme without a client, and for a
+    URL with credentials in it."""
     if isinstance(url, Location):
         return url
     text = os.fspath(url)
+    refuse_credentials(text)
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         path = str(Path(rest if separator else text))
@@ -161,7 +172,7 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     text = text.rstrip("/")
     try:
         if scheme in _ARROW_SCHEMES:
-            filesystem, path = pafs.FileSystem.from_uri(text)
+            filesystem, path = pafs.FileSystem.from_uri(_escaped(text))
         else:
             import fsspec
 
@@ -172,19 +183,9 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     return Location(text, path, filesystem)
 
 
-def find_files(pattern: str) -> list[Location]:
-    """Files that match a glob (`*`, `?`, `[...]`, `**` for any folders), sorted by path; as glob.glob does locally."""
-    if "://" not in pattern:
-        return [open_location(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
-    parts = pattern.split("/")
-    wild = next((i for i, part in enumerate(parts) if WILDCARD.search(part)), len(parts))
-    root = open_location("/".join(parts[:wild]))
-    return [file for file in root.files() if _matches(file.url.split("/")[wild:], parts[wild:])]
-
-
-def _matches(path: list[str], pattern: list[str]) -> bool:
-    if not pattern or not path:
-        return not pattern and not path
-    if pattern[0] == "**":
-        return _matches(path, pattern[1:]) or _matches(path[1:], pattern)
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+def _escaped(url: str) -> str:
+    """Names in an object store are given as they are; Arrow wants them as in a URL ("%C3%A4" for an umlaut)."""
+    scheme, _, rest = url.partition("://")
+    place, separator, options = rest.partition("?")
+    bucket, slash, path = place.partition("/")
+    return f"{scheme}://{bucket}{slash}{quote(path)}{separator}{options}"

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,42 +29,51 @@ from elastic_rec.feature_store.manifest import (
     read_manifest,
     write_manifest,
 )
-from elastic_rec.feature_store.staging import lock_folder
-
-SCRATCH = ".append"
-_OURS = re.compile(r"bucket=\d+/[^/]+\.parquet|vocab/[^/]+\.parquet|\.manifest[^/]*\.json\.tmp")
+from elastic_rec.feature_store.own_files import SCRATCH, WORK, data_files, delete_leftovers
+from elastic_rec.feature_store.scratch import lock_folder, scratch_folder
+from elastic_rec.feature_store.staging import clear_litter
 
 
 @contextmanager
 def writing(out: str) -> Iterator[Location]:
     """The store's folder, locked against other writers (flock: it ends with the process). Readers take no lock.
-    Object stores have no lock: publish() refuses where another writer was faster."""
+    Object stores have no lock: publish() refuses where another writer was faster. Leftovers of killed writers go."""
     if not out:
         raise DataError("out is empty: say which store")
-    root = open_location(out)
+    root = open_location(out).resolve()
+    if root.is_local:
+        clear_litter(Path(root))
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; make the store first (mode=create)")
     if not root.is_local:
         yield root
         return
-    folder = Path(os.path.abspath(root))
+    folder = Path(root)
     lock = lock_folder(folder)
-    if lock is None or os.fstat(lock).st_ino != folder.stat().st_ino:  # another inode: replaced by an ingest just now
+    if lock is None:
         raise DataError(
             f"{folder}: another append, compaction or rollback is at work there; run again when it has finished"
         )
     try:
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)  # of a killed append: nobody else holds the lock
-        yield open_location(folder)
+        for name in (SCRATCH, WORK):  # of a killed append or ingest: nobody else holds the lock
+            if (folder / name).is_symlink():
+                raise DataError(f"{folder / name}: a link, which no store writes; remove it and run again")
+            shutil.rmtree(folder / name, ignore_errors=True)
+        delete_leftovers(root)
+        yield root
     finally:
         os.close(lock)
 
 
 @contextmanager
-def scratch_folder(root: Location) -> Iterator[Path]:
+def append_folder(root: Location) -> Iterator[Path]:
     """Local space for what an append builds: inside a local store, so that a rename puts it in place."""
-    folder = Path(root) / SCRATCH if root.is_local else Path(tempfile.mkdtemp(prefix="elastic-rec-"))
-    folder.mkdir(exist_ok=not root.is_local)
+    if not root.is_local:
+        with scratch_folder() as folder:
+            yield folder
+        return
+    folder = Path(root) / SCRATCH
+    folder.mkdir()
     try:
         yield folder
     finally:
@@ -115,7 +122,7 @@ def compact(config: IngestConfig) -> dict:
         if root.is_local:
             sync(Path(root))
         named = _named_files(root)
-        deleted = [path for path in _data_files(root) if path.below(root) not in named]
+        deleted = [path for path in data_files(root) if path.below(root) not in named]
         freed = sum(root.sizes([path.below(root) for path in deleted]))
         for path in deleted:
             path.delete()
@@ -148,7 +155,3 @@ def _current(root: Location) -> int | None:
 def _named_files(root: Location) -> set[str]:
     manifests = [read_manifest(root), *(read_manifest(root, number) for number in filed_generations(root))]
     return {entry["path"] for m in manifests for entry in [*m["files"], *m["vocabularies"].values()]}
-
-
-def _data_files(root: Location) -> list[Location]:
-    return [file for file in root.files() if _OURS.fullmatch(file.below(root))]

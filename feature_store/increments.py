@@ -15,17 +15,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.late import added_events
+from elastic_rec.feature_store.manifest import check_digest
+from elastic_rec.feature_store.own_files import DATA_FILE
 from elastic_rec.feature_store.schema import EVENT_ID, EVENTS, ITEM, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
-from elastic_rec.feature_store.states import Clocks, StateFile
-from elastic_rec.feature_store.store import Store, StoreFile, one_array, open_data_file, read_row_groups
+from elastic_rec.feature_store.states import Clocks, DamagedStates, StateFile
+from elastic_rec.feature_store.store import Store, StoreFile, one_array, read_row_groups
 
 SPAN = 8  # a span has at most so many users per user of a batch: their states are in memory together
 _FOLDED, _LATE, _NEW = 0, 1, 2
@@ -118,7 +122,7 @@ class Increments:
 
     states: the bucket's, None: there are none yet. rescore: every user is active, with or without new events.
     counts, complete after the last span: users by kind, late_events, folded_events (that a state has to take in),
-    decoded_events, read_bytes (compressed, of the leaves read).
+    decoded_events, read_bytes (compressed, of the leaves read). DamagedStates: start over with states=None.
     """
 
     def __init__(
@@ -138,7 +142,7 @@ class Increments:
         self.late_events, self.rescore, self.batch_size = late_events, rescore, batch_size
         self.has_event_ids = EVENT_ID in store.manifest["schema"][EVENTS]
         self.counts: Counter[str] = Counter()
-        self._parquet = open_data_file(file.path)
+        self._parquet = file.open()
         groups = list(range(len(file.row_groups)))
         self.user_ids = one_array(self._read(groups, [USER])[USER])
 
@@ -185,7 +189,7 @@ class Increments:
         self.counts["late_events"] += int(late_U.sum())
         if late_U.any():
             again_U = late_U > 0
-            if self.late_events is LateEvents.fold and (self.store.path / self.states.about["path"]).is_file():
+            if self.late_events is LateEvents.fold and self._folded_file is not None:
                 events = self._fold_late(events, user_ids, clocks, first_U, again_U)
                 first_U, again_U = np.where(again_U, clocks.num_events, first_U), np.zeros_like(again_U)
             first_U, state_row_U = np.where(again_U, 0, first_U), np.where(again_U, -1, state_row_U)
@@ -195,6 +199,18 @@ class Increments:
         self.counts["folded_events"] += int(new_U.sum())
         active_U = (new_U > 0) | self.rescore
         return self._span(user_ids, row_U, state_row_U, after, first_U, active_U, events)
+
+    @cached_property
+    def _folded_file(self) -> Location | None:
+        """The data file that the states reflect; None where a compaction deleted it, or it is not as it was."""
+        path, digest = self.states.about["path"], self.states.about["data"]
+        if not DATA_FILE.fullmatch(path) or not (self.store.path / path).is_file():
+            return None
+        try:
+            check_digest(self.store.path, {"path": path, "sha256": digest})
+        except DataError:
+            return None
+        return self.store.path / path
 
     def _quiet(self, group: int, user_ids, row_U: np.ndarray, state_row_U: np.ndarray, clocks: Clocks) -> Span:
         """No new events. To score these users again takes their items, which are not to be recommended."""
@@ -216,9 +232,9 @@ class Increments:
         first_U = np.where(is_known, before_U + at_U, 0)
         late_U = np.where(is_known, first_U - clocks.num_events, 0)
         if (late_U < 0).any():
-            raise DataError(
+            raise DamagedStates(
                 f"{self.states.path}: {int((late_U < 0).sum())} users have more events folded in than "
-                f"{self.file.path} holds; remove {self.states.path.parent}, and the users are encoded again"
+                f"{self.file.path} holds"
             )
         return first_U, late_U
 
@@ -230,7 +246,7 @@ class Increments:
         of_late_T = late_U[owner_T]
         ids_T = events.event_id_T
         added_T = added_events(
-            self.store.path / self.states.about["path"],
+            self._folded_file,
             user_ids.filter(pa.array(late_U)),
             offsets_of(np.diff(events.offsets)[late_U]),
             events.time_T[of_late_T],

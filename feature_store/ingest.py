@@ -21,9 +21,9 @@ from elastic_rec.feature_store.contents import describe_schema, write_vocabulari
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.progress import peak_memory_bytes
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.sources import find_inputs
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging, stage
 from elastic_rec.feature_store.times import parse_time_s
 
@@ -84,7 +84,8 @@ class IngestConfig:
     user_column: str = field(default="user_id", metadata={"help": "Input column with the user (int64 or string)."})
     item_column: str = field(default="item_id", metadata={"help": "Input column with the item (int64 or string)."})
     timestamp_column: str = field(
-        default="timestamp", metadata={"help": "Input column with the event's time since 1970, in timestamp_unit."}
+        default="timestamp",
+        metadata={"help": "Input column with the event's time: a number since 1970, a timestamp, or an ISO text."},
     )
     event_id_column: str | None = field(
         default=None,
@@ -98,7 +99,8 @@ class IngestConfig:
         metadata={"help": "Categorical event columns to keep (action, rating); null becomes unknown."},
     )
     timestamp_unit: TimeUnit = field(
-        default=TimeUnit.s, metadata={"help": "Unit of timestamp_column: s, ms, us or ns."}
+        default=TimeUnit.s,
+        metadata={"help": "Unit of numbers in timestamp_column, and of the store: s, ms, us or ns."},
     )
     min_user_events: int = field(
         default=1, metadata={"help": "Drop users with fewer events, counted after rare items are dropped."}
@@ -202,7 +204,10 @@ class IngestConfig:
     def time_range(self) -> tuple[int | None, int | None]:
         """[first, end) in timestamp_unit; None: open."""
         scale = UNITS_PER_SECOND[self.timestamp_unit.value]
-        first, end = (None if t is None else parse_time_s(t) * scale for t in (self.first_time, self.end_time))
+        first, end = (
+            None if (text := getattr(self, key)) is None else parse_time_s(text, key=key) * scale
+            for key in ("first_time", "end_time")
+        )
         return first, end
 
     def roles(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elastic_rec.feature_store.decode import Decoder, concat_users, padding_user
+from elastic_rec.feature_store.decode import Decoder, Users, concat_users, padding_user
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.schema import ITEM
 from elastic_rec.feature_store.store import Store, bucket_of_path, first_users
@@ -34,6 +34,10 @@ class HistoryLookup:
 
     def histories(self, user_ids: list) -> Histories:
         """One row per id, in their order; a user the store does not know has row -1 and no events."""
+        return self.users(user_ids).histories(self._decoder.units_per_second, num_global_users=len(user_ids))
+
+    def users(self, user_ids: list) -> Users:
+        """As histories, with times in the store's unit."""
         wanted = defaultdict(list)
         for place, user in enumerate(user_ids):
             if (group := self._group_of(user)) is not None:
@@ -47,8 +51,7 @@ class HistoryLookup:
             source[places] = np.where(found >= 0, taken + found, 0)
             parts.append(users)
             taken += len(users.rows)
-        users = concat_users(parts).take(source)
-        return users.histories(self._decoder.units_per_second, num_global_users=len(user_ids))
+        return concat_users(parts).take(source)
 
     def _group_of(self, user: int | str) -> int | None:
         """Row group that holds a user if any does."""

@@ -17,6 +17,7 @@ import pyarrow as pa
 from elastic_rec.feature_store.checks import BEFORE_ALL_INPUT, SEQ, ChecksConfig, Policy
 from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.manifest import check_digest
 from elastic_rec.feature_store.schema import EVENT_ID, EVENTS, TIMESTAMP, USER
 from elastic_rec.feature_store.sources import quote
 from elastic_rec.feature_store.store import Store
@@ -77,6 +78,7 @@ class MergeEngine(DuckEngine):
             entry = self._base.manifest["vocabularies"][role]
             least = 1 if role == "user" else min_vocabulary_count
             path = (self._base.path / entry["path"]).fetch(self._work / "vocab")
+            check_digest(self._base.path, entry, copy=path)  # as of data files: no flipped bit under a fresh digest
             old = f"read_parquet({_list([path])}, hive_partitioning=false)"
             self._run(
                 f'CREATE TABLE counted AS SELECT "{role}" AS raw_id, {self._value(role)} AS id, count(*) AS n '

@@ -1,85 +1,85 @@
-"""Input files of an ingest: finding them, checking their columns, and the SQL that reads each as (text | int64).
+"""One input file of an ingest: checking its columns, and the SQL that reads each of them.
 
-A column has one of two kinds after reading: "int64" (integer Parquet columns) or "text" (all of CSV/TSV, and Parquet
-strings). Whether text ids are really integers is decided later over the distinct values of ALL files (engine.py), not
-by sniffing the first rows.
+A column has one of two kinds after reading: "int64" (whole numbers in Parquet) or "text" (all of CSV/TSV, names of Hive
+folders, and Parquet's strings). Whether text ids are really integers is decided later over the distinct values of ALL
+files (engine.py), not by sniffing the first rows.
+
+CSV has quotes, TSV has none: a tab ends a field and a line break a row, whatever else a field holds.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
-import gzip
-import os
-import zlib
-from collections import Counter
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import WILDCARD, Location, find_files, open_location
-from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.inputs import codec, partition_values
+from elastic_rec.feature_store.time_columns import stored_time_kind
 
-SUFFIXES = {
-    "csv": (".csv", ".csv.gz"),
-    "tsv": (".tsv", ".tsv.gz"),
-    "parquet": (".parquet", ".pq"),
-}
-DELIMITERS = {"csv": ",", "tsv": "\\t"}
+# Of these the one with which the header has most of the columns; the first where several do.
+DELIMITERS = {"csv": (",", ";", "\t", "|"), "tsv": ("\t",)}
+QUOTES = {"csv": '"', "tsv": ""}
+LINE_BYTES = 1 << 21  # of which DuckDB takes no more
+# Whole numbers below this one are exact in a float; above it two ids may have become one.
+EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
+NAMED_ROLES = ("user", "item", "timestamp", "event_id")
+
+
+@dataclass(frozen=True)
+class QuotedText:
+    """CSV for DuckDB's serial parser. The parallel one begins in the middle of a file, where it fails in long quoted
+    texts with line breaks; the serial one takes them, but loses a last row whose quote is not closed."""
+
+    file: Path
+    delimiter: str
+    scan: str
+
+    def num_rows(self) -> int | None:
+        """As Python counts them; None where a quote is not closed."""
+        csv.field_size_limit(LINE_BYTES)
+        try:
+            with self.file.open(newline="", encoding="utf-8-sig") as file:
+                return sum(1 for row in csv.reader(file, delimiter=self.delimiter, strict=True) if row) - 1
+        except (csv.Error, UnicodeDecodeError):
+            return None
 
 
 @dataclass(frozen=True)
 class Source:
     """One input file. path: as messages name it. scan: SQL table function. raw: column -> SQL of the value as it
-    stands in the file. kinds: column -> "int64" | "text" | "float" | "time" (the last two in Parquet only)."""
+    stands in the file. ids: the same as an id, all columns but timestamp. kinds: column -> "int64" | "text", or of
+    times a kind of time_columns.py. is_empty: known to have no rows. quoted: of CSV."""
 
     path: Location
     scan: str
     raw: dict[str, str]
+    ids: dict[str, str]
     kinds: dict[str, str]
+    is_empty: bool = False
+    quoted: QuotedText | None = None
 
 
 def column_settings(columns: dict[str, str]) -> dict[str, str]:
     """role -> the config key that names its column, for the remedies of messages."""
-    named = ("user", "item", "timestamp", "event_id")
-    return {role: f"{role}_column" if role in named else "context_columns" for role in columns}
+    return {role: f"{role}_column" if role in NAMED_ROLES else "context_columns" for role in columns}
 
 
-def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]:
-    """Files in the order of `inputs`; a folder (recursively) or a glob gives its files sorted by path.
-
-    Returns (paths, "csv" | "tsv" | "parquet"). The order matters: it breaks ties between equal timestamps.
-    """
-    known = [suffix for name, suffixes in SUFFIXES.items() if format in ("auto", name) for suffix in suffixes]
-    paths: list[Location] = []
-    for entry in inputs:
-        found = _files_of(os.fspath(entry), tuple(known))
-        if not found:
-            raise DataError(f"input '{entry}': no file matches (looked for {', '.join(known)}); check the path")
-        paths += found
-    if not paths:
-        raise DataError("input is empty: give at least one file, glob or folder")
-    if twice := sorted(str(path) for path, count in Counter(paths).items() if count > 1):
-        raise DataError(f"{twice[0]}: matched twice by input; each event would be counted twice")
-    if format == "auto":
-        formats = {p: _format_of(p) for p in paths}
-        if len(set(formats.values())) > 1:
-            one, *_, other = sorted(formats, key=lambda p: formats[p])
-            raise DataError(f"input mixes formats: {one} is {formats[one]}, {other} is {formats[other]}; ingest one")
-        format = formats[paths[0]]
-    return paths, format
-
-
-def open_source(path: Location, local: Path, *, format: str, columns: dict[str, str]) -> Source:
-    """Checks that `columns` (role -> column name) are there. local: the file itself, or a copy of it on this disk."""
+def open_source(path: Location, local: Path, *, format: str, columns: dict[str, str], work: Path) -> Source:
+    """Checks that `columns` (role -> column name) are there. local: the file itself, or a copy of it on this disk.
+    work: a folder for the unpacked text of one file at a time."""
     if local.stat().st_size == 0:
         raise DataError(f"{path}: empty file (0 bytes); remove it from input")
-    return (_open_parquet if format == "parquet" else _open_text)(
-        path, local, format, columns, column_settings(columns)
-    )
+    if format == "parquet":
+        return _open_parquet(path, local, columns)
+    return _open_text(path, _unpacked(path, local, work), format, columns)
 
 
 def check_same_kinds(source: Source, kinds: dict[str, str], first: Location | str) -> None:
@@ -91,128 +91,190 @@ def check_same_kinds(source: Source, kinds: dict[str, str], first: Location | st
             )
 
 
-def time_sql(value: str, kind: str, unit: str) -> str:
-    """SQL of a timestamp as BIGINT in `unit`; NULL where it is null, not a number, negative, fractional or too big."""
-    if kind == "time":
-        factor = 10**9 // UNITS_PER_SECOND[unit]
-        return f"CASE WHEN {value} >= 0 AND {value} % {factor} = 0 THEN {value} // {factor} END"
-    if kind == "int64":
-        return f"CASE WHEN {value} >= 0 THEN TRY_CAST({value} AS BIGINT) END"
-    number = f"TRY_CAST({value} AS DOUBLE)"  # NaN counts as greater than all else, hence isfinite
-    return (
-        f"CASE WHEN isfinite({number}) AND {number} >= 0 AND {number} = floor({number}) "
-        f"THEN TRY_CAST({value} AS BIGINT) END"
-    )
-
-
 def id_sql(value: str, kind: str) -> str:
     """SQL of an id: BIGINT, or VARCHAR with the empty string as NULL."""
     return f"TRY_CAST({value} AS BIGINT)" if kind == "int64" else f"nullif({value}, '')"
 
 
-def _files_of(entry: str, known: tuple[str, ...]) -> list[Location]:
-    """What one entry of `input` stands for. A local name with brackets may be a file's own."""
-    place = open_location(entry) if "://" not in entry or not WILDCARD.search(entry) else None
-    if place is not None and place.is_dir():
-        return [file for file in place.files() if file.name.endswith(known) and _is_data(file, place)]
-    if place is not None and place.is_file():
-        return [place]
-    return find_files(entry)
+def whole_sql(value: str, type: pa.DataType) -> str:
+    """SQL of a number of Parquet as BIGINT; NULL where it is not whole, too big, or no longer exact as a float."""
+    type = type.value_type if pa.types.is_dictionary(type) else type
+    if pa.types.is_integer(type):
+        return id_sql(value, "int64")
+    exact = ""
+    if pa.types.is_floating(type) or pa.types.is_decimal256(type):  # DuckDB reads the latter as DOUBLE
+        exact = f" AND abs({value}) < {1 << EXACT_BITS.get(type, 53)}"
+    return f"CASE WHEN {value} = floor({value}){exact} THEN TRY_CAST({value} AS BIGINT) END"
 
 
-def _is_data(file: Location, folder: Location) -> bool:
-    # Spark and friends leave _SUCCESS, _temporary/ and .crc files beside the data.
-    return not any(part.startswith(("_", ".")) for part in file.below(folder).split("/"))
+def text_sql(value: str, kind: str) -> str:
+    """SQL of a value of Parquet as VARCHAR; bytes must be UTF-8."""
+    return f"decode({value})" if kind == "binary" else f"CAST({value} AS VARCHAR)"
 
 
-def _format_of(path: Location) -> str:
-    for name, suffixes in SUFFIXES.items():
-        if path.name.endswith(suffixes):
-            return name
-    raise DataError(f"{path}: format unknown from its name; set format to csv, tsv or parquet")
+def kind_of(type: pa.DataType) -> str:
+    """What values of an Arrow type are: "int64", "float", "decimal", "bool", "text", "binary" (perhaps text), "uuid",
+    "time", or "other"."""
+    type = type.value_type if pa.types.is_dictionary(type) else type
+    is_type = pa.types
+    if is_type.is_integer(type):
+        return "int64"
+    if is_type.is_floating(type) or is_type.is_decimal(type):
+        return "float" if is_type.is_floating(type) else "decimal"
+    if is_type.is_string(type) or is_type.is_large_string(type) or is_type.is_string_view(type):
+        return "text"
+    if is_type.is_null(type) or is_type.is_boolean(type):
+        return "text" if is_type.is_null(type) else "bool"
+    if is_type.is_binary(type) or is_type.is_large_binary(type) or is_type.is_binary_view(type):
+        return "binary"
+    if is_type.is_timestamp(type) or is_type.is_date(type):
+        return "time"
+    return "uuid" if getattr(type, "extension_name", None) == "arrow.uuid" else "other"
 
 
-def _open_text(path: Location, local: Path, format: str, columns: dict[str, str], settings: dict[str, str]) -> Source:
-    opener = gzip.open if path.name.endswith(".gz") else open
-    delimiter = "\t" if format == "tsv" else ","
+def is_list(type: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+    return any(of_type(type) for of_type in lists)
+
+
+def parquet_scan(local: Path, num_columns: int) -> str:
+    """SQL of a Parquet file with columns c0, c1, ...: names in SQL ignore case, names in files need not."""
+    names = ", ".join(f"c{i}" for i in range(num_columns))
+    return f"read_parquet({quote(glob.escape(str(local)))}, hive_partitioning=false) AS file({names})"
+
+
+def find_column(path: Location, names: list[str], name: str, *, setting: str) -> str:
+    """SQL of the column that has this very name: one of the file's (`names`), or for context a Hive folder's value."""
+    if names.count(name) == 1:
+        return f"c{names.index(name)}"
+    keys = partition_values(path)
+    if name in names or name not in keys:
+        what = "not unique" if name in names else "missing"
+        folders = f"; its folders: {', '.join(keys)}" if keys else ""
+        raise DataError(f"{path}: column '{name}' is {what}; it has: {', '.join(names)}{folders}. Set {setting}")
+    if setting != "context_columns":
+        raise DataError(
+            f"{path}: '{name}' is in the name of a folder, which is read for context_columns only, not for {setting}. "
+            "Write it into the file; " + rewrite(path, f"*, {quote(keys[name] or '')} AS {name}")
+        )
+    return "CAST(NULL AS VARCHAR)" if keys[name] is None else quote(keys[name])
+
+
+def rewrite(path: Location, columns: str) -> str:
+    """One line that mends a file, for messages."""
+    return f"DuckDB: COPY (SELECT {columns} FROM '{path}') TO 'mended.parquet'"
+
+
+def unreadable(path: Location, error: duckdb.Error, *, is_tsv: bool = False) -> str:
+    """What DuckDB says is wrong, without its own options for it and without megabytes of the line at fault; and what
+    to do."""
+    text, advice = str(error), ""
+    if "not utf-8" in text:
+        advice = f"\nSave it as UTF-8: iconv -f LATIN1 -t UTF-8 {path}"
+    elif "invalid UTF8" in text:
+        advice = "\nA column of bytes is read as text; where it holds none, hex() makes text of it. "
+        advice += rewrite(path, "* REPLACE (hex(NAME) AS NAME)")
+    elif is_tsv and "Expected Number of Columns" in text:
+        advice = "\nTSV has no quotes: where this file has them round its fields, set format=csv"
+    lines = [line for line in text.split("\nPossible ")[0].splitlines() if line.strip()][:4]
+    short = [line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines]
+    return f"{path}: cannot be read: " + "\n".join(short) + advice
+
+
+def quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _unpacked(path: Location, local: Path, work: Path) -> Path:
+    """The text of a packed file. DuckDB takes a truncated gzip or zstd for a shorter file, and reads no bz2."""
+    if (packing := codec(path)) is None:
+        return local
+    text = work / "unpacked"
     try:
-        with opener(local, "rb") as file:
-            header = next(csv.reader([file.readline().decode("utf-8-sig")], delimiter=delimiter), [])
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
-    if opener is gzip.open:
-        _check_gzip(path, local)
-    _require(path, header, columns, settings)
+        with pa.input_stream(str(local), compression=packing) as packed, text.open("wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 20)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as {packing} ({error}); truncated? write or copy it again") from error
+    return text
+
+
+def _open_text(path: Location, local: Path, format: str, columns: dict[str, str]) -> Source:
+    header, delimiter = _read_header(path, local, format, columns)
+    settings = column_settings(columns)
+    raw = {role: find_column(path, header, name, setting=settings[role]) for role, name in columns.items()}
     # Positional names: SQL names ignore case, headers need not.
     names = ", ".join(f"'c{i}': 'VARCHAR'" for i in range(len(header)))
     scan = (
-        f"read_csv({quote(glob.escape(str(local)))}, delim='{DELIMITERS[format]}', quote='\"', escape='\"', "
-        f"header=true, auto_detect=false, columns={{{names}}})"
+        f"read_csv({quote(glob.escape(str(local)))}, delim={quote(delimiter)}, quote='{QUOTES[format]}', "
+        f"escape='{QUOTES[format]}', header=true, auto_detect=false, columns={{{names}}}, parallel="
     )
-    raw = {role: f"c{header.index(name)}" for role, name in columns.items()}
-    return Source(path, scan, raw, dict.fromkeys(columns, "text"))
+    ids = {role: id_sql(value, "text") for role, value in raw.items() if role != "timestamp"}
+    quoted = QuotedText(local, delimiter, f"{scan}false)") if QUOTES[format] else None
+    return Source(path, f"{scan}true)", raw, ids, dict.fromkeys(columns, "text"), quoted=quoted)
 
 
-def _open_parquet(
-    path: Location, local: Path, format: str, columns: dict[str, str], settings: dict[str, str]
-) -> Source:
+def _read_header(path: Location, local: Path, format: str, columns: dict[str, str]) -> tuple[list[str], str]:
+    """(names, delimiter); DataError where no delimiter gives one of the columns."""
+    quoting = csv.QUOTE_MINIMAL if QUOTES[format] else csv.QUOTE_NONE
+    try:
+        with local.open("rb") as file:
+            line = file.readline(LINE_BYTES).decode("utf-8-sig")
+        headers = {d: next(csv.reader([line], delimiter=d, quoting=quoting), []) for d in DELIMITERS[format]}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: cannot read the header ({error}); give UTF-8 {format.upper()}") from error
+    wanted = set(columns.values()) - set(partition_values(path))
+    delimiter = max(headers, key=lambda d: len(wanted & set(headers[d])))
+    header = headers[delimiter]
+    if wanted & set(header):
+        return header, delimiter
+    role, name = next((role, name) for role, name in columns.items() if name in wanted)
+    advice = f"Set {column_settings(columns)[role]}, or write the names into a first line if the file has none"
+    if format == "tsv" and '"' in line:
+        advice += "; TSV has no quotes, set format=csv to have them taken off"
+    raise DataError(f"{path}: column '{name}' is missing; it has: {', '.join(header)}. {advice}")
+
+
+def _open_parquet(path: Location, local: Path, columns: dict[str, str]) -> Source:
     try:
         file = pq.ParquetFile(local)
         schema, num_rows = file.schema_arrow, file.metadata.num_rows
         file.close()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not readable as Parquet ({error}); truncated? write or copy it again") from error
-    _require(path, schema.names, columns, settings)
-    if num_rows == 0:
-        raise DataError(f"{path}: no events (0 rows); remove it from input")
-    scan = f"read_parquet({quote(glob.escape(str(local)))}, hive_partitioning=false)"
-    raw, kinds = {}, {}
+    settings, scan = column_settings(columns), parquet_scan(local, len(schema.names))
+    raw = {role: find_column(path, schema.names, name, setting=settings[role]) for role, name in columns.items()}
+    if num_rows == 0:  # its types say nothing: pandas has none for a column without values
+        return Source(path, scan, raw, {}, {}, is_empty=True)
+    ids, kinds = {}, {}
     for role, name in columns.items():
-        kinds[role] = _parquet_kind(path, role, name, schema.field(name).type, settings)
-        sql = '"' + name.replace('"', '""') + '"'
-        if kinds[role] == "time":
-            sql = f"epoch_ns(CAST({sql} AS TIMESTAMP_NS))"
-        elif kinds[role] == "text":
-            sql = f"CAST({sql} AS VARCHAR)"
-        raw[role] = sql
-    return Source(path, scan, raw, kinds)
-
-
-def _check_gzip(path: Location, local: Path) -> None:
-    """Unpacks to the end: DuckDB 1.4 takes a truncated gzip for a shorter file and loses events without a word."""
-    try:
-        with gzip.open(local, "rb") as file:
-            while file.read(1 << 20):
-                pass
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as gzip ({error}); truncated? write or copy it again") from error
+        if name not in schema.names:
+            kinds[role], ids[role] = "text", id_sql(raw[role], "text")
+            continue
+        type = schema.field(name).type
+        kind = kinds[role] = _parquet_kind(path, role, name, type, settings)
+        if kind == "time":
+            kinds[role] = stored_time_kind(str(path), local, name)
+        elif kind == "text":
+            raw[role] = text_sql(raw[role], kind_of(type))
+        if role != "timestamp":
+            ids[role] = whole_sql(raw[role], type) if kind == "int64" else id_sql(raw[role], "text")
+    return Source(path, scan, raw, ids, kinds)
 
 
 def _parquet_kind(path: Location, role: str, name: str, type: pa.DataType, settings: dict[str, str]) -> str:
-    if pa.types.is_dictionary(type):
-        type = type.value_type
-    is_text = pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_null(type)
-    is_number = pa.types.is_floating(type) or pa.types.is_decimal(type)
-    if pa.types.is_integer(type):
+    """The kind of a column as it is staged; DataError for a type that its role cannot have."""
+    kind, is_number = kind_of(type), kind_of(type) in ("float", "decimal")
+    if role == "timestamp":
+        if kind in ("int64", "time", "text") or is_number:
+            return "float32" if pa.types.is_float32(type) else "float" if is_number else kind
+    elif kind == "int64" or (is_number and role in NAMED_ROLES):
         return "int64"
-    if is_text or (role not in ("user", "item", "timestamp", "event_id") and (is_number or pa.types.is_boolean(type))):
+    elif kind in ("text", "binary", "uuid") or (role not in NAMED_ROLES and (is_number or kind == "bool")):
         return "text"
-    if role == "timestamp" and is_number:
-        return "float"
-    if role == "timestamp" and (pa.types.is_timestamp(type) or pa.types.is_date(type)):
-        return "time"
     wanted = "an integer, a number or a timestamp" if role == "timestamp" else "int64 or string"
+    target = "BIGINT" if role == "timestamp" else "VARCHAR"
+    cast = f'hex("{name}")' if pa.types.is_fixed_size_binary(type) else f'CAST("{name}" AS {target})'
     raise DataError(
-        f"{path}: column '{name}' is {type}, {settings[role]} must be {wanted}; cast it, or name another column"
+        f"{path}: column '{name}' is {type}, {settings[role]} must be {wanted}; cast it, or name another column. "
+        + rewrite(path, f'* REPLACE ({cast} AS "{name}")')
     )
-
-
-def _require(path: Location, names: list[str], columns: dict[str, str], settings: dict[str, str]) -> None:
-    for role, name in columns.items():
-        if names.count(name) != 1:
-            what = "missing" if name not in names else "not unique"
-            raise DataError(f"{path}: column '{name}' is {what}; it has: {', '.join(names)}. Set {settings[role]}")
-
-
-def quote(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

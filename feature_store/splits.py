@@ -48,8 +48,14 @@ class SplitConfig:
                 raise ValueError("valid_time and test_time have no effect on leave_one_out; set kind=global_time")
         elif self.valid_time is None or self.test_time is None:
             raise ValueError("kind=global_time needs valid_time and test_time; set both, or kind=leave_one_out")
-        elif not parse_time_s(self.valid_time) < parse_time_s(self.test_time):
+        elif not self.valid_s() < self.test_s():
             raise ValueError(f"valid_time={self.valid_time} must be before test_time={self.test_time}")
+
+    def valid_s(self) -> int:
+        return parse_time_s(self.valid_time, key="valid_time")
+
+    def test_s(self) -> int:
+        return parse_time_s(self.test_time, key="test_time")
 
 
 class SplitBounds(NamedTuple):
@@ -63,7 +69,7 @@ class SplitBounds(NamedTuple):
 def split_bounds(config: SplitConfig, histories: Histories) -> SplitBounds:
     if config.kind is SplitKind.leave_one_out:
         return _leave_one_out(np.diff(histories.offsets))
-    return _global_time(histories, parse_time_s(config.valid_time), parse_time_s(config.test_time))
+    return _global_time(histories, config.valid_s(), config.test_s())
 
 
 def _leave_one_out(n_B: np.ndarray) -> SplitBounds:

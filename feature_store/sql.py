@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import duckdb
 import pyarrow as pa
+
+
+def open_database(path: Path, settings: dict[str, str | int | bool]) -> duckdb.DuckDBPyConnection:
+    """A database in whose SQL a time without a zone is UTC, whatever the machine's zone."""
+    db = duckdb.connect(str(path), config=settings)
+    db.execute("SET TimeZone = 'UTC'")
+    return db
 
 
 def bucket_sql(user: str, type: str, num_buckets: int) -> str:

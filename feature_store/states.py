@@ -6,6 +6,7 @@ One folder per model (its fingerprint) and storage type, one file per bucket of 
 order. A file is written aside and renamed: that rename says that the events are folded in, so what is folded twice
 after a crash is folded into the states as they were. Its metadata say which data file it reflects, by sha256, and which
 input files that data came from: states of a store that was rolled back and went on differently are told apart.
+They hold a CRC-32 of each row group's content, too, and one of themselves, so that no damage is folded in.
 
 A state is bytes, all of one length; this room does not know what is in them.
 """
@@ -15,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +28,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from elastic_rec.feature_store.atomic_write import sync
+from elastic_rec.feature_store.atomic_write import aside_of, make_folder
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.schema import USER
-from elastic_rec.feature_store.staging import lock_folder
-from elastic_rec.feature_store.store import Store, StoreFile, one_array, open_data_file, read_row_groups
+from elastic_rec.feature_store.scratch import lock_folder, scratch_folder
+from elastic_rec.feature_store.store import BROKEN, Store, StoreFile, one_array, open_data_file, read_row_groups
 
-VERSION = 1
+VERSION = 2
 ABOUT = b"elastic-rec-states"
+CHECK = b"elastic-rec-states-crc32"
 CLOCK = ["time", "num_events", "num_at_time"]
 STATE = "state"
+
+
+class DamagedStates(DataError):
+    """States that are not as they were written, or of another version: they are to be made from the histories again."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +65,34 @@ class Clocks:
 
 
 class StateFile:
-    """The states of one bucket: users and clocks once read stay in memory, states are read as they are asked for."""
+    """The states of one bucket: users and clocks once read stay in memory, states are read as they are asked for.
+    DamagedStates where what is read is not what was written."""
 
     def __init__(self, path: Location) -> None:
-        self.path, self._file = path, open_data_file(path)
-        metadata = self._file.schema_arrow.metadata or {}
-        self.about: dict = json.loads(metadata.get(ABOUT, b"{}"))
+        self.path, self.about = path, {}
+        try:
+            self._file = open_data_file(path)
+            schema = self._file.schema_arrow
+        except (*BROKEN, DataError) as error:
+            raise DamagedStates(f"{path}: cannot be opened ({error})") from error
+        metadata = self._file.metadata.metadata or {}
+        text = metadata.get(ABOUT, b"{}")
+        if metadata.get(CHECK) == _crc(text):
+            self.about = json.loads(text)
         if self.about.get("version") != VERSION:
-            raise DataError(
-                f"{path}: states of version {self.about.get('version')}, this code reads version {VERSION}; "
-                f"remove {path.parent}, and the users are encoded again"
-            )
-        groups = range(self._file.metadata.num_row_groups)
-        self._edges = np.cumsum([0, *(self._file.metadata.row_group(g).num_rows for g in groups)])
+            raise DamagedStates(f"{path}: its metadata are damaged, or of another version than {VERSION}")
+        if not schema.equals(_schema(schema.field(0).type, self.about["state_bytes"])):
+            raise DamagedStates(f"{path}: its columns are not those of states")
+        self._edges = np.cumsum([0, *self.about["group_users"]])
         self._decoded: tuple[int, np.ndarray] = -1, np.zeros((0, 0), np.uint8)
 
-    @cached_property
+    @property
     def user_ids(self) -> pa.Array:
-        return one_array(self._read([USER])[USER])
+        return self._users[0]
 
-    @cached_property
+    @property
     def clocks(self) -> Clocks:
-        table = self._read(CLOCK)
-        return Clocks(*(table[name].to_numpy() for name in CLOCK))
+        return self._users[1]
 
     def find(self, user_ids: pa.Array) -> np.ndarray:
         """(U,) row of each user here, -1 for one without a state."""
@@ -96,28 +107,56 @@ class StateFile:
             states[here] = self._group(group)[rows[here] - self._edges[group]]
         return states
 
+    def verify(self) -> None:
+        """Reads everything; raises DamagedStates."""
+        _ = self._users
+        for group in range(len(self.about["group_users"])):
+            self._group(group)
+
+    @cached_property
+    def _users(self) -> tuple[pa.Array, Clocks]:
+        table = self._read(list(range(len(self.about["group_users"]))), [USER, *CLOCK])
+        ids, clocks = one_array(table[USER]), Clocks(*(table[name].to_numpy() for name in CLOCK))
+        for group, expected in enumerate(self.about["crc32_users"]):
+            users = slice(self._edges[group], self._edges[group + 1])
+            found = _crc_users(ids[users], Clocks(*(values[users] for values in astuple(clocks))))
+            self._check(f"users of row group {group}", found, expected)
+        return ids, clocks
+
     def _group(self, group: int) -> np.ndarray:
         if self._decoded[0] != group:
-            column = one_array(read_row_groups(self._file, [group], [STATE], self.path)[STATE])
+            column = one_array(self._read([group], [STATE])[STATE])
             flat = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, self.about["state_bytes"])
-            self._decoded = group, flat[column.offset : column.offset + len(column)]
+            states = flat[column.offset : column.offset + len(column)]
+            self._check(f"states of row group {group}", zlib.crc32(states), self.about["crc32_states"][group])
+            self._decoded = group, states
         return self._decoded[1]
 
-    def _read(self, columns: list[str]) -> pa.Table:
-        return read_row_groups(self._file, list(range(self._file.metadata.num_row_groups)), columns, self.path)
+    def _read(self, groups: list[int], columns: list[str]) -> pa.Table:
+        try:
+            table = read_row_groups(self._file, groups, columns, self.path)
+        except (DataError, IndexError) as error:
+            raise DamagedStates(str(error)) from error
+        expected = sum(self.about["group_users"][group] for group in groups)
+        if len(table) != expected:
+            raise DamagedStates(f"{self.path}: row groups {groups} have {len(table)} users, not {expected}")
+        return table
+
+    def _check(self, what: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise DamagedStates(f"{self.path}: {what} are not as they were written (CRC-32 {found}, not {expected})")
 
 
 class StateWriter:
     """Writes a bucket's states span by span; nothing is changed until commit()."""
 
     def __init__(self, path: Location, *, user_type: pa.DataType, about: dict) -> None:
-        self.path = path
-        folder = Path(path.parent) if path.is_local else Path(tempfile.mkdtemp())
-        self._aside = folder / path.name.replace(".parquet", ".tmp")
-        fields = [pa.field(USER, user_type, nullable=False)]
-        fields += [pa.field(name, pa.int64(), nullable=False) for name in CLOCK]
-        fields += [pa.field(STATE, pa.binary(about["state_bytes"]), nullable=False)]
-        self._schema = pa.schema(fields, metadata={ABOUT: json.dumps(about)})
+        self.path, self._about = path, {**about, "group_users": [], "crc32_users": [], "crc32_states": []}
+        self._scratch = ExitStack()
+        folder = Path(path.parent) if path.is_local else self._scratch.enter_context(scratch_folder())
+        self._aside = aside_of(folder / path.name)
+        self._aside.unlink(missing_ok=True)  # another writer may have it open still
+        self._schema = _schema(user_type, about["state_bytes"])
         self._writer = pq.ParquetWriter(
             self._aside,
             self._schema,
@@ -131,15 +170,22 @@ class StateWriter:
         """The next users of the bucket, in its order; a row group of their own."""
         if not len(user_ids):
             return
-        buffer = pa.py_buffer(np.ascontiguousarray(states_US))
-        states = pa.FixedSizeBinaryArray.from_buffers(self._schema.field(STATE).type, len(user_ids), [None, buffer])
+        content = np.ascontiguousarray(states_US)
+        states = pa.FixedSizeBinaryArray.from_buffers(
+            self._schema.field(STATE).type, len(user_ids), [None, pa.py_buffer(content)]
+        )
         columns = [user_ids, *map(pa.array, astuple(clocks)), states]
         self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(user_ids))
+        self._about["group_users"].append(len(user_ids))
+        self._about["crc32_users"].append(_crc_users(user_ids, clocks))
+        self._about["crc32_states"].append(zlib.crc32(content))
 
     def commit(self) -> None:
+        text = json.dumps(self._about).encode()
+        self._writer.add_key_value_metadata({ABOUT: text, CHECK: _crc(text)})
         self._writer.close()
-        sync(self._aside)
         self.path.receive(self._aside)
+        self._scratch.close()
 
 
 class StateFolder:
@@ -156,11 +202,13 @@ class StateFolder:
         if not self.path.is_local:
             yield
             return
-        Path(self.path).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(self.path))
         lock = lock_folder(Path(self.path))
         if lock is None:
             raise DataError(f"{self.path}: another job is folding events into these states; run again when it is done")
         try:
+            for left in Path(self.path).glob(".bucket=*.tmp"):  # of a killed job
+                left.unlink()
             yield
         finally:
             os.close(lock)
@@ -171,7 +219,7 @@ class StateFolder:
     def open(self, file: StoreFile) -> StateFile | None:
         """The states of a bucket; None where there are none that the bucket's histories continue.
 
-        DataError: states of another model.
+        DataError: states of another model. DamagedStates: they are to be made again.
         """
         path = self.file_path(file)
         if not path.is_file():
@@ -198,7 +246,7 @@ class StateFolder:
             "num_inputs": len(inputs),
             "inputs": _digest(inputs),
         }
-        user_type = open_data_file(file.path).schema_arrow.field(USER).type
+        user_type = file.open().schema_arrow.field(USER).type
         return StateWriter(self.file_path(file), user_type=user_type, about=about)
 
     def _continues(self, about: dict, file: StoreFile) -> bool:
@@ -214,3 +262,27 @@ def _inputs(manifest: dict) -> list[str]:
 
 def _digest(inputs: list[str]) -> str:
     return hashlib.sha256(" ".join(inputs).encode()).hexdigest()
+
+
+def _schema(user_type: pa.DataType, state_bytes: int) -> pa.Schema:
+    types = {USER: user_type, **dict.fromkeys(CLOCK, pa.int64()), STATE: pa.binary(state_bytes)}
+    return pa.schema([pa.field(name, type, nullable=False) for name, type in types.items()])
+
+
+def _crc(text: bytes) -> bytes:
+    return str(zlib.crc32(text)).encode()
+
+
+def _crc_users(user_ids: pa.Array, clocks: Clocks) -> int:
+    """CRC-32 of users and their clocks, whatever arrays they are slices of."""
+    crc = zlib.crc32(user_ids.to_numpy() if pa.types.is_int64(user_ids.type) else _text_of(user_ids))
+    for values in astuple(clocks):
+        crc = zlib.crc32(np.ascontiguousarray(values), crc)
+    return crc
+
+
+def _text_of(ids: pa.Array) -> bytes:
+    """The strings' lengths, then the strings end to end."""
+    _, offsets, text = ids.buffers()
+    edges = np.frombuffer(offsets, np.int32)[ids.offset : ids.offset + len(ids) + 1]
+    return np.diff(edges).tobytes() + (text[edges[0] : edges[-1]].to_pybytes() if text is not None else b"")

@@ -15,10 +15,11 @@ from elastic_rec.feature_store.ahead import ahead
 from elastic_rec.feature_store.checks import DAY_S
 from elastic_rec.feature_store.decode import Decoder, Users
 from elastic_rec.feature_store.impressions.cutter import flat_list
-from elastic_rec.feature_store.impressions.manifest import FOLDER, read_manifest
+from elastic_rec.feature_store.impressions.manifest import FOLDER
+from elastic_rec.feature_store.impressions.table import ImpressionTable
 from elastic_rec.feature_store.manifest import MANIFEST
 from elastic_rec.feature_store.progress import progress
-from elastic_rec.feature_store.store import Store, open_data_file, read_row_groups
+from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST
 
 # A float64 has 52 bits of mantissa; 6 of them and the exponent make 64 bins per doubling, integers below 128 exact.
@@ -129,16 +130,15 @@ def has_impressions(store: Store) -> bool:
 
 def describe_impressions(store: Store) -> dict:
     """Counts of the store's impressions and the mean of each label over the candidates that have one."""
-    manifest = read_manifest(store)
+    table = ImpressionTable(store)
+    manifest = table.manifest
     sums, known = {}, {}
     for name in manifest["labels"]:
         sums[name], known[name] = 0.0, 0
-        for entry in manifest["files"]:
-            path = store.path / FOLDER / entry["path"]
-            file = open_data_file(path)
+        for file, entry in enumerate(manifest["files"]):
             for group in range(len(entry["row_groups"])):
-                table = read_row_groups(file, [group], [f"candidates.list.element.{name}"], path)
-                labels = flat_list(table["candidates"])[1].field(name).to_numpy(zero_copy_only=False)
+                rows = table.read_groups(file, [group], [f"candidates.list.element.{name}"])
+                labels = flat_list(rows["candidates"])[1].field(name).to_numpy(zero_copy_only=False)
                 sums[name] += float(np.nansum(labels, dtype=np.float64))
                 known[name] += int(np.count_nonzero(~np.isnan(labels)))
     return {

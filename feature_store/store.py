@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 
@@ -11,16 +12,19 @@ import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
-from elastic_rec.feature_store.manifest import check_digest, read_manifest
-from elastic_rec.feature_store.schema import ARROW_TYPES, USER
+from elastic_rec.feature_store.footer import read_footer
+from elastic_rec.feature_store.manifest import check_digest, named_files, read_manifest
+from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND, USER
 from elastic_rec.feature_store.vocabulary import Vocabulary
+
+BROKEN = (pa.ArrowException, OSError, ValueError)  # what PyArrow raises for a file that is missing or damaged
 
 
 @dataclass(frozen=True)
 class StoreFile:
     """One data file. first_row: row number of its first user; row_groups: (num_users, num_events) each.
 
-    max_time: of its newest event, in the store's unit.
+    footer: digest of its Parquet footer; None in stores from before that was kept.
     """
 
     path: Location
@@ -28,8 +32,11 @@ class StoreFile:
     num_users: int
     num_events: int
     row_groups: tuple[tuple[int, int], ...]
-    max_time: int
     sha256: str
+    footer: str | None
+
+    def open(self) -> pq.ParquetFile:
+        return open_data_file(self.path, self.footer)
 
     @property
     def bucket(self) -> int:
@@ -60,9 +67,14 @@ class Store:
         path = open_location(path)
         return cls(path, read_manifest(path, generation))
 
+    def time_range_s(self) -> tuple[int, int]:
+        """Whole seconds of the oldest and of the newest event."""
+        unit, files = UNITS_PER_SECOND[self.time_unit], self.manifest["files"]
+        return min(file["min_time"] for file in files) // unit, max(file["max_time"] for file in files) // unit
+
     def verify(self) -> None:
         """Reads every byte and compares digests with the manifest's; DataError names the first file that differs."""
-        for entry in [*self.manifest["files"], *self.manifest["vocabularies"].values()]:
+        for entry in named_files(self.manifest):
             check_digest(self.path, entry)
 
     def vocabulary(self, column: str) -> Vocabulary:
@@ -97,7 +109,7 @@ class Store:
                 continue
             edges = file.first_row + np.cumsum([0, *(users for users, _ in file.row_groups)])
             groups = np.unique(np.searchsorted(edges, wanted, side="right") - 1)
-            part = read_row_groups(open_data_file(file.path), groups.tolist(), [USER], file.path)[USER]
+            part = read_row_groups(file.open(), groups.tolist(), [USER], file.path)[USER]
             parts += part.chunks
             for group in groups:
                 first_rows.append(edges[group])
@@ -111,22 +123,34 @@ class Store:
         return pa.chunked_array(parts).combine_chunks().take(pa.array(positions, mask=rows < 0))
 
 
-def open_data_file(path: Location) -> pq.ParquetFile:
+def open_data_file(path: Location, footer: str | None = None) -> pq.ParquetFile:
+    """footer: the digest that the file's footer must have; None: it is not checked."""
     try:
-        return pq.ParquetFile(path.open(), page_checksum_verification=True, pre_buffer=not path.is_local)
-    except (pa.ArrowException, OSError) as error:
+        file, metadata = path.open(), None
+        if footer is not None:
+            content = read_footer(file)
+            if hashlib.sha256(content).hexdigest() != footer:
+                raise DataError("its footer is not the one that ingest wrote")
+            metadata = pq.read_metadata(pa.BufferReader(content))
+        remote = not path.is_local
+        return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=remote)
+    except (*BROKEN, DataError) as error:
         raise DataError(
             f"{path}: cannot be opened ({error}); changed, or its generation was deleted by a "
-            "compaction: open the store again"
+            "compaction, or the store was overwritten: open the store again"
         ) from error
 
 
 def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str], path: Location) -> pa.Table:
     """file.read_row_groups; what cannot be decoded (a flipped bit, a hole) is a DataError with the file's name."""
     try:
-        return file.read_row_groups(groups, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        table = file.read_row_groups(groups, columns=columns, use_threads=False)
+    except BROKEN as error:
         raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); changed, rerun ingest") from error
+    expected = sum(file.metadata.row_group(group).num_rows for group in groups)
+    if len(table) != expected:  # a page whose header is damaged may be passed over
+        raise DataError(f"{path}: row groups {groups} have {len(table)} rows, not {expected}; changed, rerun ingest")
+    return table
 
 
 def one_array(column: pa.ChunkedArray) -> pa.Array:
@@ -139,7 +163,7 @@ def _list_files(root: Location, manifest: dict) -> list[StoreFile]:
     for entry in manifest["files"]:
         groups = tuple((users, events) for users, events in entry["row_groups"])
         counts = entry["num_users"], entry["num_events"]
-        files.append(StoreFile(root / entry["path"], row, *counts, groups, entry["max_time"], entry["sha256"]))
+        files.append(StoreFile(root / entry["path"], row, *counts, groups, entry["sha256"], entry.get("footer")))
         row += entry["num_users"]
     return files
 
@@ -148,7 +172,7 @@ def first_users(store: Store) -> dict[int, list]:
     """Bucket -> the first user id of each row group of its histories, from the files' footers."""
     firsts = {}
     for file in store.files:
-        metadata = open_data_file(file.path).metadata
+        metadata = file.open().metadata
         column = metadata.schema.names.index(USER)
         groups = (metadata.row_group(number).column(column) for number in range(metadata.num_row_groups))
         firsts[bucket_of_path(file.path)] = [group.statistics.min for group in groups]

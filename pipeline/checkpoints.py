@@ -1,16 +1,16 @@
 """Step folders written aside, renamed, and only then marked complete.
 
-    RUN/checkpoints/step-00000420.tmp/      being written (torch.distributed.checkpoint, all ranks)
-    RUN/checkpoints/step-00000420/          renamed by rank 0
-        complete.json                       the commit marker: progress, schedule, validation figures; written last
-    RUN/checkpoints/best.json               {"step": ...}, replaced atomically
+    RUN/checkpoints/step-00000420.tmp/      being written (checkpoint_files.py, all ranks)
+    RUN/checkpoints/step-00000420/          synced, then renamed by rank 0
+        complete.json                       the commit marker, last: progress, the best step so far, sha256 of each file
 
-A folder without complete.json is never read: `latest` passes over it and says so, `load` refuses it.
-Checkpoints load at any number of ranks.
+A folder without complete.json is never read: `latest` passes over it and says so, `load` refuses it. Every file is
+checked before a load. Checkpoints load at any number of ranks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +22,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from elastic_rec.feature_store.atomic_write import write_json
+from elastic_rec.feature_store.atomic_write import make_folder, remove_leftovers, sync
+from elastic_rec.feature_store.checked import describe_file, fault_in, read_checked, write_checked
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.pipeline.checkpoint_files import PLAN, PlanReader, PlanWriter, TensorsOnly
 from elastic_rec.pipeline.errors import CheckpointError
 from elastic_rec.pipeline.world import World
 
@@ -30,47 +33,55 @@ MARKER = "complete.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; save and load are collective, the rest is not."""
+    """The checkpoints of one run; save, load and latest are collective, the rest is not."""
 
     def __init__(self, run_dir: Path, *, world: World, keep_last: int = 2) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.world = world
         self.keep_last = keep_last
+        self._whole: set[int] = set()  # steps whose files have been checked
+        self._undone: set[int] = set()  # steps after the one that training was resumed from
 
     def save(
-        self, model: DistributedModelParallel, optimiser: CombinedOptimizer, progress: dict[str, Any], *, is_best: bool
+        self, model: DistributedModelParallel, optimiser: CombinedOptimizer, saved: dict[str, Any], *, best_step: int
     ) -> None:
-        """Write one step folder; progress (JSON-able, with "step") goes into the marker."""
-        final = self.folder(progress["step"])
+        """Write one step folder; saved (JSON-able, with "step") goes into the marker. best_step: of the run so far, 0
+        before a validation."""
+        final = self.folder(saved["step"])
         aside = final.with_suffix(".tmp")
         if self.world.is_main:
-            for stale in (aside, final):
-                shutil.rmtree(stale, ignore_errors=True)
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
+            shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
-        dcp.save({"model": model.state_dict(), "optimiser": optimiser.state_dict()}, checkpoint_id=aside)
+        dcp.save({"model": model.state_dict(), "optimiser": optimiser.state_dict()}, storage_writer=PlanWriter(aside))
+        files = self._describe(aside)
         if self.world.is_main:
+            sync(aside)
+            self._remove(final)
             aside.rename(final)
-            write_json(final / MARKER, progress)
-            if is_best:
-                write_json(self.root / "best.json", {"step": progress["step"]})
-            self._forget_old()
+            sync(self.root)
+            write_checked(final / MARKER, {**saved, "best_step": best_step, "files": files})
+            self._undone.discard(saved["step"])
+            self._forget(best_step)
+        self._whole.discard(saved["step"])
         dist.barrier()
 
     def load(
         self, step: int, model: DistributedModelParallel, optimiser: CombinedOptimizer | None = None
     ) -> dict[str, Any]:
-        """Load in place and return the marker's progress.
+        """Load in place and return the marker.
 
-        Raises CheckpointError when the folder has no marker or does not fit the model.
+        Raises CheckpointError when the folder has no marker, is damaged, or does not fit the model.
         """
-        folder = self.folder(step)
-        progress = self.progress(step)
+        folder, marker = self.folder(step), self.marker(step)
+        if step not in self._whole and (fault := self._fault(step)):
+            others = [each for each in self.complete_steps() if each != step]
+            raise CheckpointError(f"{fault}. Choose another checkpoint, by its step: {others or 'there is none'}")
         state: dict[str, Any] = {"model": model.state_dict()}
         if optimiser is not None:
             state["optimiser"] = optimiser.state_dict()
         try:
-            dcp.load(state, checkpoint_id=folder)
+            dcp.load(state, storage_reader=PlanReader(folder, files=marker["files"]), planner=TensorsOnly())
         except CheckpointException as error:  # a BaseException, so `except Exception` would miss it
             causes = {str(cause[0]) for cause in error.failures.values()}
             raise CheckpointError(
@@ -80,43 +91,121 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         if optimiser is not None:
             optimiser.load_state_dict(state["optimiser"])
-        return progress
+            self._undone = {each for each in self.complete_steps() if each > step}
+        return marker
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; half-written ones are named and passed over."""
-        complete = self._complete_steps()
-        for folder in sorted(self.root.glob("step-*")):
-            if not (folder / MARKER).exists():
-                self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): not read")
-        return complete[-1] if complete else None
+        """Step of the newest whole checkpoint; half-written and damaged ones are named and passed over. Collective.
+
+        Raises CheckpointError when all are damaged.
+        """
+        for folder in self._half_written():
+            self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): not read")
+        steps = self.complete_steps()
+        for step in reversed(steps):
+            fault = self._fault(step)
+            if not fault:
+                self._whole.add(step)
+                return step
+            self.world.say(f"{fault}: the checkpoint of step {step} is not read, the next older one is taken")
+        if steps:
+            raise CheckpointError(
+                f"{self.root}: all checkpoints are damaged, of steps {steps}: restore one, or remove that folder and "
+                "start the run from the beginning"
+            )
+        return None
 
     def best(self) -> int:
-        """Step of the best checkpoint by validation."""
-        pointer = self.root / "best.json"
-        if not pointer.exists():
-            raise CheckpointError(f"{self.root} has no best.json: the run has not finished its first validation yet")
-        return json.loads(pointer.read_text())["step"]
+        """Step of the best checkpoint by validation, as the newest marker that can be read has it; of the newest whole
+        checkpoint where no validation has given a figure. Collective."""
+        for step in reversed(self.complete_steps()):
+            try:
+                best_step = self.marker(step)["best_step"]
+            except CheckpointError as error:
+                self.world.say(f"{error}: which checkpoint is best is read from the next older marker")
+                continue
+            if best_step:
+                return best_step
+            newest = self.latest()
+            self.world.say(
+                f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {newest}"
+            )
+            return newest
+        raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
 
-    def progress(self, step: int) -> dict[str, Any]:
+    def marker(self, step: int) -> dict[str, Any]:
         marker = self.folder(step) / MARKER
         if not marker.exists():
             state = "is half-written" if marker.parent.exists() else "does not exist"
             raise CheckpointError(
-                f"checkpoint {marker.parent} {state} (no {MARKER}); complete ones: {self._complete_steps() or 'none'}"
+                f"checkpoint {marker.parent} {state} (no {MARKER}); complete ones: {self.complete_steps() or 'none'}"
             )
-        return json.loads(marker.read_text())
+        try:
+            return read_checked(marker)
+        except DataError as error:
+            raise CheckpointError(str(error)) from error
+
+    def fingerprint(self, step: int) -> str:
+        """Of the weights, hexadecimal: a digest of the tensors' files. The same weights, saved by another number of
+        ranks, have another."""
+        tensors = {name: about for name, about in self.marker(step)["files"].items() if name.endswith(".distcp")}
+        return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
+
+    def faults(self) -> list[str]:
+        """What is wrong with the complete checkpoints, a line each. Reads every file."""
+        return [fault for step in self.complete_steps() if (fault := self._fault_of(step, 0, 1))]
+
+    def sweep(self) -> None:
+        """Removes what killed trainings left. For the one process that holds the run folder."""
+        for folder in self._half_written():
+            self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): removed")
+            shutil.rmtree(folder)
+        for folder in (self.root.parent, self.root, *self.root.glob("step-*")):
+            remove_leftovers(folder)
 
     def folder(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
-    def _complete_steps(self) -> list[int]:
+    def complete_steps(self) -> list[int]:
         return sorted(int(marker.parent.name.removeprefix("step-")) for marker in self.root.glob(f"step-*/{MARKER}"))
 
-    def _forget_old(self) -> None:
-        pointer = self.root / "best.json"
-        best = json.loads(pointer.read_text())["step"] if pointer.exists() else None
-        for step in self._complete_steps()[: -self.keep_last]:
-            if step != best:
-                folder = self.folder(step)
-                (folder / MARKER).unlink()  # first: a folder half removed must not look complete
-                shutil.rmtree(folder)
+    def _half_written(self) -> list[Path]:
+        return [folder for folder in sorted(self.root.glob("step-*")) if not (folder / MARKER).exists()]
+
+    def _describe(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Bytes and sha256 of each file; each rank reads those it has written. Collective."""
+        paths = list(folder.glob(f"__{self.world.rank}_*.distcp"))
+        if self.world.is_main:
+            paths += [folder / PLAN, folder / ".metadata"]
+        described: list[dict] = [{}] * self.world.size
+        dist.all_gather_object(described, {path.name: describe_file(path) for path in paths})
+        return dict(sorted(item for each in described for item in each.items()))
+
+    def _fault(self, step: int) -> str:
+        """The first fault that any rank finds; each reads its share of the files. Collective."""
+        faults: list[str] = [""] * self.world.size
+        dist.all_gather_object(faults, self._fault_of(step, self.world.rank, self.world.size))
+        return next(filter(None, faults), "")
+
+    def _fault_of(self, step: int, part: int, num_parts: int) -> str:
+        try:
+            files = self.marker(step)["files"]
+        except CheckpointError as error:
+            return str(error)
+        mine = sorted(files)[part::num_parts]
+        return fault_in(self.folder(step), {name: files[name] for name in mine})
+
+    def _forget(self, best_step: int) -> None:
+        """Keeps the best and the newest; those that a resume has undone go as soon as there is a newer one again."""
+        complete = self.complete_steps()
+        kept = {best_step, *[each for each in complete if each not in self._undone][-self.keep_last :]}
+        for each in complete:
+            if each not in kept:
+                self._remove(self.folder(each))
+        self._undone = set()
+
+    def _remove(self, folder: Path) -> None:
+        if folder.exists():
+            (folder / MARKER).unlink(missing_ok=True)  # first: a folder half removed must not look complete
+            sync(folder)
+            shutil.rmtree(folder)

@@ -29,6 +29,7 @@ VERBS = {
     "evaluate": schema.EvaluateConfig,
     "score": schema.ScoreConfig,
     "demo": schema.DemoConfig,
+    "verify": data_schema.VerifyConfig,
     "benchmark": BenchmarkConfig,
 }
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.splits import SplitConfig
+
+
+class Seen(StrEnum):
+    """What becomes of the items that a user has in the history."""
+
+    keep = "keep"
+    exclude = "exclude"
+    auto = "auto"
 
 
 @dataclass
@@ -35,6 +45,14 @@ class DataConfig:
             "window: memory is bounded by it, whatever max_history is; cuts=0 and causal only. 0: in one pass"
         },
     )
+    seen: Seen = field(
+        default=Seen.auto,
+        metadata={
+            "help": "items of the user's own history in validation, evaluation and scoring. keep: candidates like any "
+            "other. exclude: left out, and a target among them is a miss. auto: exclude where fewer than 5 % of the "
+            "training targets are such repeats"
+        },
+    )
     split: SplitConfig = field(default_factory=SplitConfig, metadata={"help": "how targets are held out"})
     dataset: DatasetConfig = field(default_factory=DatasetConfig, metadata={"help": "where raw events come from"})
     ingest: IngestConfig = field(
@@ -49,6 +67,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        self.seen = Seen(self.seen)
         if self.max_history < 1 or self.cuts < 0:
             raise ValueError(
                 f"data.max_history={self.max_history}, data.cuts={self.cuts}: set at least 1 and at least 0"
@@ -59,6 +78,17 @@ class DataConfig:
             raise ValueError(
                 f"data.window={self.window} with data.cuts={self.cuts}: a window has a target behind every event, "
                 "set data.cuts=0, or data.window=0"
+            )
+
+
+def check_local(**folders: str) -> None:
+    """Raises ValueError for a URL where a folder on the local disk is needed. folders: values by key, dots as __."""
+    for name, value in folders.items():
+        if re.match(r"[A-Za-z][\w+.-]*:/", value):
+            key = name.replace("__", ".")
+            raise ValueError(
+                f"{key}={value}: runs and scores are on the local disk, only stores and what is read may be "
+                "elsewhere: give a local path, and copy"
             )
 
 
@@ -81,3 +111,14 @@ class DescribeConfig:
         if not self.max_history or min(self.max_history) < 1:
             raise ValueError(f"max_history={self.max_history}: give limits of at least 1 event")
         self.max_history = sorted(set(self.max_history))
+
+
+@dataclass
+class VerifyConfig:
+    store: str = field(default="", metadata={"help": "history store to verify, with its impressions and states"})
+    run: str = field(default="", metadata={"help": "run folder whose checkpoints to verify"})
+    scores: str = field(default="", metadata={"help": "folder of scores to verify"})
+
+    def __post_init__(self) -> None:
+        if not (self.store or self.run or self.scores):
+            raise ValueError("nothing to verify: set store=, run= or scores=")

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from elastic_rec.feature_store.datasets import DatasetUnavailable
+from elastic_rec.pipeline.endings import EXIT_UNAVAILABLE
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import EXIT_UNAVAILABLE, verb
+from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.plots import plot_run
 from elastic_rec.pipeline.schema import DemoConfig
 
@@ -67,12 +68,18 @@ def _run(name: str, overrides: tuple[str, ...], *, ranks: int) -> dict:
     command = [*python, str(PIPELINE / f"{name}.py"), *overrides]
     print("\n$ " + " ".join(command), file=sys.stderr, flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // ranks))  # torchrun's own default is 1, and it says so at length
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as done:
+        try:
+            output, _ = done.communicate()
+        except BaseException:
+            done.terminate()  # not kill: torchrun ends its ranks
+            raise
     if done.returncode == EXIT_UNAVAILABLE:
         raise DatasetUnavailable("none of the sources of this data set can be reached (see above)")
     if done.returncode != 0:
         raise ConfigError(f"{name} failed with exit code {done.returncode}; its message stands above")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(output.strip().splitlines()[-1])
 
 
 def _empty(out: Path) -> None:

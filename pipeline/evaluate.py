@@ -1,42 +1,87 @@
-"""Trained model -> metrics: of the next item over the whole catalogue, beside popularity and last-item baselines; or,
+"""Trained model -> metrics: of the next item over the whole catalogue, beside counting baselines; or,
 for a run with task=ranking, AUC and its kin over the impressions of the test period.
 
 torchrun --nproc-per-node 2 pipeline/evaluate.py run=runs/ml100k
+python pipeline/evaluate.py run=runs/mine store=stores/mine generation=31
 """
 
 from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.feature_store.atomic_write import write_json
+from elastic_rec.models.heads.retrieval import RetrievalModel
 from elastic_rec.pipeline.baselines import fit_baselines
+from elastic_rec.pipeline.data_schema import Seen
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.evaluation import evaluate
+from elastic_rec.pipeline.evaluation import below_baseline, evaluate, measure_baselines
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_task import RankingTask
-from elastic_rec.pipeline.run_folder import load_model
+from elastic_rec.pipeline.run_folder import load_model, read_config
 from elastic_rec.pipeline.schema import EvaluateConfig
+from elastic_rec.pipeline.targets import Survey, require_targets, resolve_seen, survey
+from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.tasks import AnyTask
+from elastic_rec.pipeline.validation import warn_below, warn_of_misses
 from elastic_rec.pipeline.world import World
 
 
 @verb("evaluate", EvaluateConfig, distributed=True)
 def main(config: EvaluateConfig, world: World) -> dict:
-    task, model, step = load_model(config.run, checkpoint=config.checkpoint, world=world, parallel=config.parallel)
+    return run_evaluation(config, world)
+
+
+def run_evaluation(config: EvaluateConfig, world: World) -> dict:
+    run = read_config(config.run)
+    if config.store:  # a run's generation says nothing about another store
+        run.data.store, run.data.generation = config.store, config.generation
+    elif config.generation is not None:
+        run.data.generation = config.generation
+    surveys: list[Survey] = []
+
+    def look(task: AnyTask) -> None:
+        if isinstance(task, NextItemTask):
+            surveys.append(survey(task))
+            require_targets(task, surveys[0], [config.stage])
+
+    task, model, step = load_model(
+        config.run, checkpoint=config.checkpoint, world=world, parallel=config.parallel, config=run, check=look
+    )
+    about = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size}
+    about |= {"store": str(task.store.path), "generation": task.store.generation}
     settings = {"stage": config.stage, "length_edges": config.length_edges, "batch_size": config.batch_size}
     if isinstance(task, RankingTask):
+        if config.seen:
+            raise ConfigError(f"seen={config.seen.value}: only for runs with task=next_item; leave it out")
         figures = task.evaluate(model, **settings, max_history=config.max_history)
     elif config.max_history:
         raise ConfigError(f"max_history={config.max_history}: only for runs with task=ranking; leave it out")
     else:
-        baselines = fit_baselines(task, batch_size=config.batch_size, exclude_seen=True)
-        figures = evaluate(
-            task, model, k=config.k, baselines=baselines, min_item_count=config.min_item_count, **settings
-        )
-    figures = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size, **figures}
+        seen = resolve_seen(task, config.seen or run.data.seen, surveys[0])
+        figures = _next_item(task, model, config, **settings, k=config.k, seen=seen)
+    figures = about | figures
     if world.is_main:
-        parts = ["metrics", config.stage * (config.stage != "test"), str(config.max_history or "")]
-        name = "_".join(part for part in parts if part)
-        write_json(Path(config.run) / f"{name}.json", figures)
+        write_json(Path(config.run) / f"{_name(config)}.json", figures)
     return figures
+
+
+def _next_item(task: NextItemTask, model: RetrievalModel, config: EvaluateConfig, **settings) -> dict:
+    figures = evaluate(task, model, min_item_count=config.min_item_count, **settings)
+    warn_of_misses(task, figures)
+    exclude = settings["seen"] is Seen.exclude
+    baselines = fit_baselines(task, batch_size=config.batch_size, exclude_seen=exclude)
+    found = measure_baselines(task, baselines, **settings)
+    below = below_baseline(figures[task.metric], found, task.metric)
+    if below:
+        warn_below(task, figures[task.metric], below, found[below])
+    return {**figures, "baselines": found, "below_baseline": below}
+
+
+def _name(config: EvaluateConfig) -> str:
+    """Of the file with the figures: metrics, and what differs from a plain call."""
+    generation = "" if config.generation is None else f"g{config.generation}"
+    stage = config.stage * (config.stage != "test")
+    parts = [stage, config.max_history, config.store.rstrip("/").rpartition("/")[2], generation, config.seen]
+    return "_".join(["metrics", *(str(part) for part in parts if part)])
 
 
 if __name__ == "__main__":

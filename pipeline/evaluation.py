@@ -1,22 +1,29 @@
-"""Held-out targets ranked against the whole catalogue, by the model and by two baselines, in one pass each."""
+"""Held-out targets ranked against the whole catalogue, by the model and by counting baselines (docs/explanation/
+evaluation.md)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from elastic_rec.feature_store.histories import Histories
-from elastic_rec.feature_store.splits import split_bounds
+from elastic_rec.feature_store.jagged import span_indices
 from elastic_rec.feature_store.vocabulary import FIRST
-from elastic_rec.models.elastic.memory import slot_usage
 from elastic_rec.pipeline.baselines import Baseline
-from elastic_rec.pipeline.metrics import Coverage, RankingMetrics
-from elastic_rec.pipeline.ranking_task import RankingTask
+from elastic_rec.pipeline.data_schema import Seen
+from elastic_rec.pipeline.finite import require_finite
+from elastic_rec.pipeline.metrics import MISS, Coverage, RankingMetrics
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
 from elastic_rec.pipeline.sharding import local_rows
+from elastic_rec.pipeline.targets import KINDS, HeldOut, held_out_targets
 from elastic_rec.pipeline.task import NextItemTask, query_windows
 from elastic_rec.pipeline.world import World
+
+NEW = KINDS.index("new")
 
 
 def evaluate(
@@ -27,62 +34,119 @@ def evaluate(
     k: list[int],
     length_edges: list[int],
     batch_size: int,
-    baselines: list[Baseline] = (),
+    seen: Seen,
     min_item_count: int = 0,
-) -> dict:
+) -> dict[str, Any]:
     """Metrics of the model's ranking of each user's held-out item. Collective.
 
-    The main figures rank the target among items the user has not seen; "seen_kept" among all items.
-    Every baseline gets the same users, targets and candidates, under its name.
+    seen: keep or exclude. The main figures are of this policy, those of the other are under its name.
     min_item_count: above 0, "frequent_items" repeats the main figures with only those items in the catalogue that
     occur at least so often; users held out with a rarer one are left out of it.
+    Raises NonFiniteError for a query or score that is no number.
     """
     world = task.world
-    unseen, kept, frequent, frequent_kept, *others = (
-        RankingMetrics(k=k, length_edges=length_edges, device=world.device) for _ in range(4 + len(baselines))
-    )
-    frequent_V = torch.from_numpy(task.store.vocabulary("item").counts >= min_item_count).to(world.device)
-    frequent_V[:FIRST] = False
+    settings = {"k": k, "length_edges": length_edges, "device": world.device}
+    whole, narrow = ByPolicy(**settings), ByPolicy(**settings)
     coverage = Coverage(num_items=task.num_items, first_item=FIRST, device=world.device)
+    unknown = torch.zeros(1, dtype=torch.int64, device=world.device)
     model.eval()
     with torch.no_grad():
         catalogue = open_catalogue(model, world)
+        if min_item_count:
+            frequent_V = frequent_items(task, min_item_count)
+            frequent = open_catalogue(model, world, frequent_V)
         for histories, windows in task.held_out(stage, batch_size=batch_size):
-            query_RD, batch = query_windows(model, windows, world.device)
-            real = batch.weights > 0
-            seen = seen_pairs(histories, task, stage)
-            length_R = torch.from_numpy(positions(histories, task, stage)).to(world.device)
-            rank_all, rank_unseen = catalogue.rank_targets(query_RD, batch.targets, seen)
-            kept.update(rank_all[real], length_R[real])
-            unseen.update(rank_unseen[real], length_R[real])
+            query_RD, _ = query_windows(model, windows, world.device)
+            require_finite(query_RD, "the query", row_name=user_namer(task, histories))
+            held = held_out_targets(histories, task.config.data.split, stage)
+            target_R = torch.from_numpy(held.item).to(world.device)
+            pairs = seen_pairs(histories, held.before, world.device)
+            whole.update(*catalogue.rank_targets(query_RD, target_R, pairs), held)
             if min_item_count:
-                narrow = open_catalogue(model, world, frequent_V)
-                rank_all, rank_unseen = narrow.rank_targets(query_RD, batch.targets, seen)
-                counted = real & frequent_V[batch.targets]
-                frequent_kept.update(rank_all[counted], length_R[counted])
-                frequent.update(rank_unseen[counted], length_R[counted])
-            top_ids, _ = catalogue.top_k(query_RD, 10, seen)
-            coverage.update(top_ids[real])
-            before_B, target_B = positions(histories, task, stage), batch.targets.cpu().numpy()
-            for baseline, metrics in zip(baselines, others, strict=True):
-                rank_B = baseline.rank_targets(histories, before_B, target_B, exclude_seen=True)
-                metrics.update(torch.from_numpy(rank_B).to(world.device)[real], length_R[real])
-    result = {**unseen.compute(), "coverage@10": coverage.compute(), "seen_kept": kept.compute()}
+                counted = held._replace(ranked=held.ranked & frequent_V[target_R].cpu().numpy())
+                narrow.update(*frequent.rank_targets(query_RD, target_R, pairs), counted)
+            top_ids, _ = catalogue.top_k(query_RD, 10, pairs if seen is Seen.exclude else None)
+            coverage.update(top_ids[torch.from_numpy(held.ranked).to(world.device)])
+            unknown += held.num_unknown
+    dist.all_reduce(unknown)
+    result = {"seen": seen.value, **whole.compute(seen), "coverage@10": coverage.compute()}
+    result["unknown_targets"] = int(unknown)
     if min_item_count:
         about = {"min_item_count": min_item_count, "items": int(frequent_V.sum())}
-        result["frequent_items"] = {**about, **frequent.compute(), "seen_kept": frequent_kept.compute()}
-    result["baselines"] = {b.name: metrics.compute() for b, metrics in zip(baselines, others, strict=True)}
+        result["frequent_items"] = {**about, **narrow.compute(seen)}
     return result
 
 
-def validate(task: NextItemTask | RankingTask, model: nn.Module) -> dict:
-    """What training is judged by after each epoch. Collective."""
-    if isinstance(task, RankingTask):
-        figures = task.evaluate(model, stage="valid", length_edges=[50], batch_size=32 * task.world.size)
-    else:
-        size = 256 * task.world.size
-        figures = evaluate(task, model, stage="valid", k=[10], length_edges=[50], batch_size=size)
-    return {**figures, **memory_usage(model)}
+def measure_baselines(
+    task: NextItemTask,
+    baselines: list[Baseline],
+    *,
+    stage: str,
+    k: list[int],
+    length_edges: list[int],
+    batch_size: int,
+    seen: Seen,
+) -> dict[str, dict[str, Any]]:
+    """The main figures of each baseline by its name: the users, targets and candidates of `evaluate`. Collective."""
+    device = task.world.device
+    of_each = [RankingMetrics(k=k, length_edges=length_edges, device=device) for _ in baselines]
+    for histories in task.histories(batch_size=batch_size):
+        held = held_out_targets(histories, task.config.data.split, stage)
+        for baseline, metrics in zip(baselines, of_each, strict=True):
+            exclude = seen is Seen.exclude
+            rank_B = baseline.rank_targets(histories, held.before, held.item, exclude_seen=exclude)
+            if exclude:
+                rank_B = np.where(held.kind == NEW, rank_B, MISS)
+            metrics.update(*_ranked(held, device, rank_B, held.before, held.kind))
+    found = zip(baselines, of_each, strict=True)
+    return {baseline.name: {**metrics.compute(), "settings": baseline.settings} for baseline, metrics in found}
+
+
+def below_baseline(value: float | None, baselines: dict[str, dict[str, Any]], metric: str) -> str | None:
+    """Name of the best baseline where the model's value is less than its; None where it is not, or is undefined."""
+    best = max(baselines, key=lambda name: baselines[name][metric], default=None)
+    return best if best and value is not None and value < baselines[best][metric] else None
+
+
+class ByPolicy:
+    """The figures of one ranking under seen=keep and under seen=exclude."""
+
+    def __init__(self, **settings) -> None:
+        self.metrics = {seen: RankingMetrics(**settings) for seen in (Seen.keep, Seen.exclude)}
+
+    def update(self, rank_all_R: torch.Tensor, rank_unseen_R: torch.Tensor, held: HeldOut) -> None:
+        """(R,) int64 ranks on the device, as ShardedCatalogue.rank_targets gives them."""
+        device = rank_all_R.device
+        ranked_R = torch.from_numpy(held.ranked).to(device)
+        before_R, kind_R = _ranked(held, device, held.before, held.kind)
+        delivered_R = rank_unseen_R[ranked_R].masked_fill(kind_R != NEW, MISS)  # no list holds an item already seen
+        self.metrics[Seen.keep].update(rank_all_R[ranked_R], before_R, kind_R)
+        self.metrics[Seen.exclude].update(delivered_R, before_R, kind_R)
+
+    def compute(self, seen: Seen) -> dict[str, Any]:
+        """Collective. seen_targets: share of targets that the user has met before, misses under seen=exclude."""
+        figures = {each: metrics.compute() for each, metrics in self.metrics.items()}
+        (other,) = figures.keys() - {seen}
+        new = figures[seen]["by_target"].get("new", {"share": 0.0})
+        return {**figures[seen], "seen_targets": 1 - new["share"], f"seen_{other.value}": figures[other]}
+
+
+def _ranked(held: HeldOut, device: torch.device, *values_B: np.ndarray) -> list[torch.Tensor]:
+    """The values of the users whose target is ranked."""
+    return [torch.from_numpy(value_B[held.ranked]).to(device) for value_B in values_B]
+
+
+def frequent_items(task: NextItemTask, min_item_count: int) -> torch.Tensor:
+    """(V,) bool: the items that occur in the store at least so often."""
+    counts_V = task.store.vocabulary("item").counts[: task.num_items]
+    frequent_V = torch.from_numpy(counts_V >= min_item_count).to(task.world.device)
+    frequent_V[:FIRST] = False
+    return frequent_V
+
+
+def user_namer(task: NextItemTask, histories: Histories):
+    """Names the user of a query, for an error."""
+    return lambda row: f"the row of user {task.store.user_ids(histories.rows[row : row + 1])[0].as_py()!r}"
 
 
 def open_catalogue(model: nn.Module, world: World, candidates_V: torch.Tensor | None = None) -> ShardedCatalogue:
@@ -93,32 +157,8 @@ def open_catalogue(model: nn.Module, world: World, candidates_V: torch.Tensor | 
     )
 
 
-def memory_usage(model: nn.Module) -> dict[str, float]:
-    """Use of the memory's slots over all ranks since the last call: share hit, effective number. Collective."""
-    memory = getattr(model.tower, "memory", None)  # peers, and their absent towers, have none
-    if memory is None:
-        return {}
-    counts_M = memory.select.counts
-    dist.all_reduce(counts_M)
-    usage = slot_usage(counts_M)
-    counts_M.zero_()
-    return {f"memory_{name}": value for name, value in usage.items()}
-
-
-def positions(histories: Histories, task: NextItemTask, stage: str):
-    """(B,) how many events each user has before the held-out one (all of them when scoring)."""
-    if stage == "score":
-        return histories.offsets[1:] - histories.offsets[:-1]
-    return getattr(split_bounds(task.config.data.split, histories), stage).clip(min=0)
-
-
-def seen_pairs(histories: Histories, task: NextItemTask, stage: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(user number in the batch, item) of every event before the held-out one, the whole history."""
-    offsets = torch.from_numpy(histories.offsets)
-    before = torch.from_numpy(positions(histories, task, stage))
-    owner = torch.repeat_interleave(torch.arange(len(before)), offsets.diff())
-    place = torch.arange(len(owner)) - offsets[:-1][owner]
-    keep = place < before[owner]
-    items = torch.from_numpy(histories.columns["item"])
-    device = task.world.device
-    return owner[keep].to(device), items[keep].to(device)
+def seen_pairs(histories: Histories, before_B: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(user number in the batch, item) of each user's first before_B events."""
+    owner = np.repeat(np.arange(len(before_B)), before_B)
+    items = histories.columns["item"][span_indices(histories.offsets[:-1], before_B)]
+    return torch.from_numpy(owner).to(device), torch.from_numpy(items).to(device)

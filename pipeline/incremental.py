@@ -4,15 +4,16 @@
                 STORE/states/MODEL/bucket=0003.parquet   its users' states, some days old      feature_store/states.py
                 OUT/part-00003.parquet                   their top-k, as old
 
-A bucket's part is renamed into place first, its states after that. A kill in between leaves the states as they were,
+A bucket's part lasts before its states do (score_folder.py). A kill in between leaves the states as they were,
 so that a rerun folds the same events into the same states and writes the same part again. A bucket whose states and
 part reflect today's data file is left alone. Users without new events keep their row of the part, unless the part
-is missing, or the moment that is asked for has moved (model.time=query).
+is missing, or the moment that is asked for has moved (model.time=query). Damaged states are made from the histories
+again.
 """
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,51 +30,48 @@ from torch import nn
 
 from elastic_rec.feature_store.increments import Increments, Span
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.states import StateFile, StateFolder
+from elastic_rec.feature_store.states import DamagedStates, StateFolder
 from elastic_rec.feature_store.store import StoreFile
 from elastic_rec.models.elastic.config import Attention
 from elastic_rec.models.elastic.state import StateError, UserState
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.evaluation import open_catalogue
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
+from elastic_rec.pipeline.run_folder import model_fingerprint
 from elastic_rec.pipeline.schema import ScoreConfig
-from elastic_rec.pipeline.scoring import (
-    asked_after,
-    close_job,
-    commit,
-    job_settings,
-    lockstep,
-    open_job,
-    part_path,
-    query_time_s,
-    recommend,
-)
+from elastic_rec.pipeline.score_folder import ScoreFolder
+from elastic_rec.pipeline.scoring import asked_after, job_settings, lockstep, query_time_s, recommend
 from elastic_rec.pipeline.task import NextItemTask
 
-ABOUT = b"elastic-rec-scores"
 COUNTS = (
     "users", "new_users", "users_with_new_events", "late_users", "late_events", "reencoded_users", "folded_events",
-    "decoded_events", "read_bytes",
+    "decoded_events", "read_bytes", "remade_buckets",
 )  # fmt: skip
 
 
 class Job:
     """What all buckets share."""
 
-    def __init__(self, task: NextItemTask, model: nn.Module, config: ScoreConfig) -> None:
+    def __init__(self, task: NextItemTask, model: nn.Module, *, step: int, config: ScoreConfig) -> None:
         attention = task.config.model.attention
         if attention is not Attention.causal:
             raise ConfigError(
                 f"mode=incremental, but the run was trained with model.attention={attention.value}, whose users have "
                 "no state to continue: set mode=full, or train with model.attention=causal"
             )
-        self.task, self.model, self.config, self.out = task, model, config, Path(config.out)
+        self.task, self.model, self.config = task, model, config
+        settings = {
+            **job_settings(config, step=step),
+            "store": str(task.store.path.resolve()),
+            "model": model_fingerprint(config.run, step=step, config=task.config, world=task.world),
+        }
+        self.scores = ScoreFolder(Path(config.out), settings, world=task.world)
         self.asked_s = query_time_s(task, config)
         self.dtype = getattr(torch, config.state_dtype.value)
         self.empty_1S = model.tower.init_state(1, dtype=self.dtype).to_bytes()
         self.folder = StateFolder(
             task.store,
-            fingerprint=model.tower.fingerprint(),
+            fingerprint=settings["model"],
             dtype=config.state_dtype.value,
             state_bytes=self.empty_1S.shape[1],
         )
@@ -112,18 +110,35 @@ class Job:
 class Bucket:
     """One bucket's way from old states and an old part to new ones."""
 
-    def __init__(self, job: Job, file: StoreFile) -> None:
-        self.job, self.file, self.part = job, file, part_path(job.out, file)
-        self.states: StateFile | None = job.folder.open(file)
+    def __init__(self, job: Job, file: StoreFile, was: dict | None) -> None:
+        """was: what is known of its part, None where there is no whole one of this job."""
+        self.job, self.file = job, file
+        self.states, self.damage = None, None
+        try:
+            self.states = job.folder.open(file)
+        except DamagedStates as error:
+            self.damage = error
         self.about = {"data": file.sha256, "query_time": job.asked_s}
-        was = _about(self.part)
         self.has_states = self.states is not None and self.states.about["data"] == file.sha256
-        self.is_done = self.has_states and was == self.about
+        self.is_done = self.has_states and was is not None and self.about.items() <= was.items()
         fitting = {file.sha256, self.states.about["data"] if self.states else file.sha256}
         self.keeps_rows = was is not None and was["data"] in fitting and was["query_time"] == job.asked_s
         self.tables: list[pa.Table] = []
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self) -> Iterator[tuple[Span, np.ndarray]]:
+        """Spans with their users' states (U, S). Where states turn out to be damaged it starts over without them."""
+        try:
+            if self.damage is None:
+                yield from self._spans()
+        except DamagedStates as error:
+            self.damage = error
+        if self.damage is not None:
+            print(f"{self.damage}: the bucket's users are encoded again", file=sys.stderr, flush=True)
+            self.states, self.has_states, self.tables = None, False, []
+            yield from self._spans()
+            self.increments.counts["remade_buckets"] += 1
+
+    def _spans(self) -> Iterator[tuple[Span, np.ndarray]]:
         self.increments = Increments(
             self.job.task.store,
             self.file,
@@ -134,14 +149,14 @@ class Bucket:
             batch_size=self.job.config.batch_size,
         )
         self.writer = None if self.has_states else self.job.folder.writer(self.file)
-        yield from self.increments
+        for span in self.increments:
+            states_US, is_known = np.repeat(self.job.empty_1S, len(span), axis=0), span.state_row_U >= 0
+            if is_known.any():
+                states_US[is_known] = self.states.read(span.state_row_U[is_known])
+            yield span, states_US
 
-    def score(self, span: Span, catalogue: ShardedCatalogue) -> None:
+    def score(self, span: Span, states_US: np.ndarray, catalogue: ShardedCatalogue) -> None:
         """Collective."""
-        is_known = span.state_row_U >= 0
-        states_US = np.repeat(self.job.empty_1S, len(span), axis=0)
-        if is_known.any():
-            states_US[is_known] = self.states.read(span.state_row_U[is_known])
         if span.active_U.any():
             query_AD = self.job.fold(span, states_US)
             histories = self.job.task.known(span.histories)
@@ -155,12 +170,12 @@ class Bucket:
         """The part, then the states."""
         scored = self.tables
         if self.keeps_rows:
-            old = pq.read_table(self.part).replace_schema_metadata(None)
+            old = pq.read_table(self.job.scores.path(self.file.bucket)).replace_schema_metadata(None)
             changed = pa.chunked_array([c for t in scored for c in t["user_id"].chunks], old.schema.field(0).type)
             scored = [*scored, old.filter(pc.invert(pc.is_in(old["user_id"], value_set=changed)))]
         table = pa.concat_tables(scored).combine_chunks()
         order = pc.index_in(self.increments.user_ids, value_set=table["user_id"])
-        commit(self.part, table.take(order).replace_schema_metadata({ABOUT: json.dumps(self.about)}))
+        self.job.scores.commit(self.file.bucket, table.take(order), **self.about)
         if self.writer is not None:
             self.writer.commit()
 
@@ -168,19 +183,19 @@ class Bucket:
 def score_increment(task: NextItemTask, model: nn.Module, *, step: int, config: ScoreConfig) -> dict:
     """Bring states and top-k of every user up to task.store. Collective. Returns figures."""
     start, world = time.perf_counter(), task.world
-    shared = Job(task, model, config)
-    open_job(shared.out, {**job_settings(config, step=step), "store": str(task.store.path.resolve())}, world)
-    with shared.folder.writing() if world.is_main else nullcontext():
+    shared = Job(task, model, step=step, config=config)
+    numbers = [file.bucket for file in task.store.files]
+    with shared.scores.writing(numbers) as scores, shared.folder.writing() if world.is_main else nullcontext():
         dist.barrier()
         counts = _update_buckets(shared, open_catalogue(model, world))
         about = {"k": config.k, "generation": task.store.generation, "query_time": shared.asked_s}
-        rows = close_job(shared.out, task, about)
+        rows = scores.close(numbers, unit="users", **about)
     return {
-        "out": str(shared.out),
+        "out": config.out,
         "states": str(shared.folder.path),
         "generation": task.store.generation,
         **counts,
-        "users": sum(rows),
+        "users": sum(rows.values()),
         "store_events": task.store.num_events,
         "store_bytes": sum(entry["bytes"] for entry in task.store.manifest["files"]),
         "bytes_per_state": shared.folder.state_bytes,
@@ -192,16 +207,19 @@ def score_increment(task: NextItemTask, model: nn.Module, *, step: int, config: 
 def _update_buckets(shared: Job, catalogue: ShardedCatalogue) -> dict[str, int]:
     """Counts over all ranks. Collective."""
     files, world, counts = shared.task.store.files, shared.task.world, Counter()
-    todo = [file for file in files if not Bucket(shared, file).is_done]
+    whole = shared.scores.whole([file.bucket for file in files])
+    todo = [file for file in files if not Bucket(shared, file, whole.get(file.bucket)).is_done]
     world.say(f"{len(todo)} buckets to bring up to date, {len(files) - len(todo)} are")
+    if todo:
+        shared.scores.begin()
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
-        bucket = None if mine is None else Bucket(shared, mine)
-        for span in lockstep(iter(()) if bucket is None else bucket.spans(), world):
-            if span is None:
+        bucket = None if mine is None else Bucket(shared, mine, whole.get(mine.bucket))
+        for item in lockstep(iter(()) if bucket is None else bucket.spans(), world):
+            if item is None:
                 sit_out(shared, catalogue)
             else:
-                bucket.score(span, catalogue)
+                bucket.score(*item, catalogue)
         if bucket is not None:
             bucket.commit()
             counts += bucket.increments.counts
@@ -212,9 +230,3 @@ def _update_buckets(shared: Job, catalogue: ShardedCatalogue) -> dict[str, int]:
 
 def sit_out(shared: Job, catalogue: ShardedCatalogue) -> None:
     recommend(shared.task, catalogue, shared.take_part(), shared.task.nobody(), shared.config)
-
-
-def _about(part: Path) -> dict | None:
-    if not part.exists():
-        return None
-    return json.loads((pq.read_schema(part).metadata or {}).get(ABOUT, b"null"))

@@ -11,14 +11,13 @@ python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=imp
     "data.impressions.input=[/logs/shown.parquet]" "data.impressions.label_columns=[click]"
 """
 
-import tempfile
-from pathlib import Path
-
 from elastic_rec.feature_store.append import append
+from elastic_rec.feature_store.atomic_write import at_place
 from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impressions
 from elastic_rec.feature_store.generations import compact, rollback
 from elastic_rec.feature_store.impressions.ingest import ingest_impressions
 from elastic_rec.feature_store.ingest import IngestMode, ingest
+from elastic_rec.feature_store.scratch import scratch_folder
 from elastic_rec.pipeline.data_schema import DataConfig, IngestVerbConfig
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
@@ -33,6 +32,11 @@ MODES = {
 
 @verb("ingest", IngestVerbConfig)
 def main(config: IngestVerbConfig) -> dict:
+    with at_place(config.data.ingest.out):
+        return run(config)
+
+
+def run(config: IngestVerbConfig) -> dict:
     data, mode, files = config.data, config.data.ingest.mode, None
     if data.dataset.kind.name != "files" and mode in (IngestMode.create, IngestMode.impressions):
         files = prepare(data.dataset)
@@ -52,8 +56,8 @@ def impressions(data: DataConfig, files: EventFiles | None) -> dict:
     if data.dataset.impressions and files is None:
         raise ConfigError("data.dataset.impressions=true with kind=files: set data.impressions.input instead")
     settings = {"out": data.ingest.out, "memory_limit": data.ingest.memory_limit, "threads": data.ingest.threads}
-    with tempfile.TemporaryDirectory() as folder:
-        made = prepare_impressions(data.dataset, files, Path(folder)) if data.dataset.impressions else data.impressions
+    with scratch_folder() as folder:
+        made = prepare_impressions(data.dataset, files, folder) if data.dataset.impressions else data.impressions
         return ingest_impressions(made, **settings)
 
 

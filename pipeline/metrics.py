@@ -1,9 +1,16 @@
-"""HR@k, NDCG@k, MRR and coverage from 0-based ranks, overall and by history length; summed over ranks exactly."""
+"""HR@k, NDCG@k, MRR and coverage from 0-based ranks: overall, by history length and by kind of target.
+
+All are sums over users, so that any number of ranks gives the same figures.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+
+from elastic_rec.pipeline.targets import KINDS
+
+MISS = torch.iinfo(torch.int64).max  # the rank of a target that no list holds, however long
 
 
 class RankingMetrics:
@@ -14,27 +21,36 @@ class RankingMetrics:
 
     def __init__(self, *, k: list[int], length_edges: list[int], device: torch.device) -> None:
         self.k, self.edges = sorted(k), torch.tensor(sorted(length_edges), device=device)
-        # one row per bucket: users, reciprocal rank, then HR and NDCG for each k; float64 so that order cannot show
-        self.sums = torch.zeros(len(self.edges) + 1, 2 + 2 * len(self.k), dtype=torch.float64, device=device)
+        # bucket x kind x figure: users, reciprocal rank, then HR and NDCG for each k; float64 so that order cannot show
+        shape = len(self.edges) + 1, len(KINDS), 2 + 2 * len(self.k)
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def update(self, rank_R: torch.Tensor, length_R: torch.Tensor) -> None:
-        """rank_R: (R,) int64 0-based ranks of the targets; length_R: (R,) int64 events before the target."""
+    def update(self, rank_R: torch.Tensor, length_R: torch.Tensor, kind_R: torch.Tensor) -> None:
+        """(R,) int64 each: 0-based ranks of the targets or MISS, events before the target, index into KINDS."""
         bucket_R = torch.bucketize(length_R, self.edges, right=True)
-        columns = [torch.ones_like(rank_R, dtype=torch.float64), 1.0 / (rank_R + 1).double()]
+        found_R = (rank_R < MISS).double()
+        columns = [torch.ones_like(found_R), found_R / (rank_R.double() + 1)]
         gain_R = 1.0 / torch.log2(rank_R.double() + 2)
         for k in self.k:
             hit_R = (rank_R < k).double()
             columns += [hit_R, hit_R * gain_R]
-        self.sums.index_add_(0, bucket_R, torch.stack(columns, 1))
+        self.sums.flatten(0, 1).index_add_(0, bucket_R * len(KINDS) + kind_R, torch.stack(columns, 1))
 
     def compute(self) -> dict[str, float | dict]:
-        """Collective. {"users", "mrr", "hr@10", "ndcg@10", ..., "by_length": {"0-19": {...}, ...}}."""
+        """Collective. {"users", "mrr", "hr@10", "ndcg@10", ..., "by_target": {"new": {"share", "users", ...}, ...},
+        "by_length": {"0-19": {...}, ...}}; parts without users are left out."""
         sums = self.sums.clone()
         dist.all_reduce(sums)
         edges = self.edges.tolist()
         names = [f"{low}-{high - 1}" for low, high in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}+"]
-        by_length = {name: self._means(row) for name, row in zip(names, sums, strict=True) if row[0] > 0}
-        return {**self._means(sums.sum(0)), "by_length": by_length}
+        total = self._means(sums.sum((0, 1)))
+        by_length = {name: self._means(row) for name, row in zip(names, sums.sum(1), strict=True) if row[0] > 0}
+        by_target = {
+            kind: {"share": float(row[0]) / total["users"], **self._means(row)}
+            for kind, row in zip(KINDS, sums.sum(0), strict=True)
+            if row[0] > 0
+        }
+        return {**total, "by_target": by_target, "by_length": by_length}
 
     def _means(self, row: torch.Tensor) -> dict[str, float]:
         users, *rest = row.tolist()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from elastic_rec.feature_store.atomic_write import to_json, write_text
+from elastic_rec.feature_store.atomic_write import at_place, sync, to_json, write_text
 from elastic_rec.pipeline.world import World
 
 SHOWN = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "ne")  # of a validation, on the screen
@@ -30,13 +30,19 @@ class MetricsLog:
     def write(self, kind: str, *, step: int, epoch: int, **figures) -> None:
         if not self.world.is_main:
             return
-        with self.path.open("a") as file:
+        with at_place(self.path), self.path.open("a") as file:
             file.write(to_json({"kind": kind, "step": step, "epoch": epoch, **figures}) + "\n")
         if self.board:
             for name, value in figures.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(f"{kind}/{name}", value, step)
         self._show(kind, step, epoch, figures)
+
+    def sync(self) -> None:
+        """Makes the lines written so far last through a power cut."""
+        if self.world.is_main and self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run will do again."""

@@ -23,7 +23,8 @@ from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.models.heads.ranking_config import History
 from elastic_rec.models.heads.retrieval import EventTable
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.ranking_metrics import Scored, by_length, figures_of, gather
+from elastic_rec.pipeline.finite import require_finite
+from elastic_rec.pipeline.ranking_metrics import RankingFigures
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import init_device
 from elastic_rec.pipeline.task import autocast
@@ -100,6 +101,8 @@ class RankingTask:
             raise ConfigError(str(error)) from error
 
     def train_reader(self) -> ImpressionReader:
+        """DataError where there is nothing to train on, or nothing to validate by."""
+        self._reader("valid", 1, shuffle=False)
         return self._reader("train", self.config.optim.global_batch_size, shuffle=True)
 
     def train_batches(self, reader: ImpressionReader, *, epoch: int, start_batch: int) -> Iterator[RankingBatch]:
@@ -114,23 +117,27 @@ class RankingTask:
     def held_out(self, stage: str, *, batch_size: int, max_history: int = 0) -> Iterator[RankingBatch]:
         """All impressions of a stage once; batch_size: visits over all ranks. max_history: events an impression sees,
         exactly: it is then a visit of its own, for a tower shows an impression all events of its visit before it."""
-        for impressions in self._reader(stage, batch_size, shuffle=False, alone=max_history).epoch(0):
+        reader = self._reader(stage, batch_size, shuffle=False, alone=max_history)
+        for impressions in self.world.pulse.pace(reader.epoch(0), stage):
             yield RankingBatch.of(self.known(impressions))
 
     def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool, alone: int = 0) -> ImpressionReader:
-        return ImpressionReader(
-            self.store,
-            columns=self.columns,
-            split=self.config.data.impression_split,
-            stage=stage,
-            global_batch_size=global_batch_size,
-            per_visit=1 if alone else self.config.ranking.per_visit,
-            max_history=alone or self.config.data.max_history,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            shuffle=shuffle,
-            seed=self.config.run.seed,
-        )
+        try:
+            return ImpressionReader(
+                self.store,
+                columns=self.columns,
+                split=self.config.data.impression_split,
+                stage=stage,
+                global_batch_size=global_batch_size,
+                per_visit=1 if alone else self.config.ranking.per_visit,
+                max_history=alone or self.config.data.max_history,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                shuffle=shuffle,
+                seed=self.config.run.seed,
+            )
+        except ValueError as error:  # of the split's times
+            raise ConfigError(f"data.impression_split: {error}") from error
 
     def padding_batch(self) -> RankingBatch:
         """What a rank brings to a collective step when it has nothing left to do."""
@@ -169,37 +176,21 @@ class RankingTask:
         """Figures of the first label, by length of the history seen, and of each further label under "labels".
         max_history: as held_out. Collective."""
         model.eval()
-        rows = []
+        figures = RankingFigures(labels=self.table.labels, length_edges=length_edges, world=self.world)
         with torch.no_grad():
             for batch in self.held_out(stage, batch_size=batch_size, max_history=max_history):
-                logits_CL = model.score(batch.to(self.world.device)).cpu().double()
-                rows.append(_rows(batch, logits_CL))
-        table = gather(np.concatenate(rows), self.world)
-        found = {}
-        for number, label in enumerate(self.table.labels):
-            mine = table[table[:, 3 + 3 * number + 2] > 0]
-            scored = Scored(mine[:, 3 + 3 * number], mine[:, 4 + 3 * number], *mine[:, :3].astype(np.int64).T)
-            found[label] = {**figures_of(scored), "by_length": by_length(scored, length_edges)}
-        first, *others = self.table.labels
-        return {"label": first, **found[first], "labels": {name: found[name] for name in others}}
+                figures.update(batch, self.finite_logits(model, batch))
+        return figures.compute()
 
+    def finite_logits(self, model: nn.Module, batch: RankingBatch) -> np.ndarray:
+        """(C, L) float32 on the host. NonFiniteError names user and item of the first that is not finite."""
+        logits_CL = model.score(batch.to(self.world.device)).cpu()
 
-def _rows(batch: RankingBatch, logits_CL: torch.Tensor) -> np.ndarray:
-    """(C, 3 + 3L): user, impression, events seen; then logit, label, weight of each label."""
-    impression_C = batch.impression
-    about_C3 = torch.stack(
-        [
-            _user_of(batch)[impression_C],
-            batch.impression_rows[impression_C],
-            (batch.ends - batch.starts)[impression_C],
-        ],
-        dim=1,
-    ).double()
-    per_label = torch.stack([logits_CL, batch.labels.double(), batch.label_weights.double()], dim=2).flatten(1)
-    return torch.cat([about_C3, per_label], dim=1).numpy()
+        def name(c: int) -> str:
+            row = batch.rows[batch.visit[batch.impression[c]]].numpy()
+            user = self.store.user_ids(row[None])[0] if row >= 0 else "without a history"
+            item = self.store.vocabulary("item").decode(batch.features["candidate"].values()[c : c + 1].numpy())[0]
+            return f"a list of user {user}, item {item}: take an earlier checkpoint=STEP, or look at their events"
 
-
-def _user_of(batch: RankingBatch) -> torch.Tensor:
-    """(I,) a number per user; a user without a history has his impressions' own, below -1."""
-    row_I = batch.rows[batch.visit]
-    return torch.where(row_I >= 0, row_I, -2 - batch.impression_rows)
+        require_finite(logits_CL, "a logit", row_name=name)
+        return logits_CL.numpy()

@@ -11,9 +11,10 @@ from enum import Enum, StrEnum
 from functools import partial
 
 from elastic_rec.feature_store.increments import LateEvents
+from elastic_rec.feature_store.ingest import TimeUnit
 from elastic_rec.models.elastic.config import Attention, MemoryConfig, TowerConfig
 from elastic_rec.models.heads.ranking_config import RankingConfig
-from elastic_rec.pipeline.data_schema import DataConfig
+from elastic_rec.pipeline.data_schema import DataConfig, Seen, check_local
 from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
@@ -44,6 +45,10 @@ class RunConfig:
         default=0, metadata={"help": "also write a checkpoint every so many steps; 0: at the end of each epoch only"}
     )
     keep_last: int = field(default=2, metadata={"help": "newest checkpoints kept; the best is always kept"})
+    baselines: bool = field(
+        default=True,
+        metadata={"help": "task=next_item: measure counting baselines on validation once, and warn of a model below"},
+    )
     log_every: int = field(default=20, metadata={"help": "steps between two lines of metrics"})
     pipelined: bool = field(
         default=True,
@@ -59,6 +64,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        check_local(run__dir=self.dir)
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"run.precision={self.precision!r}: set float32, bfloat16 or auto")
         if self.keep_last < 1:
@@ -97,6 +103,16 @@ class TrainConfig:
 class EvaluateConfig:
     run: str = field(default="", metadata={"help": "run folder of a trained model"})
     checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
+    store: str = field(
+        default="",
+        metadata={"help": "another history store with the run's ids, or those and newer ones; empty: the run's own"},
+    )
+    generation: int | None = field(
+        default=None, metadata={"help": "generation of the store; none: the run's, of another store the newest"}
+    )
+    seen: Seen | None = field(
+        default=None, metadata={"help": "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy"}
+    )
     stage: str = field(default="test", metadata={"help": "test or valid targets"})
     k: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "list lengths of HR, NDCG, coverage"})
     length_edges: list[int] = field(
@@ -118,6 +134,8 @@ class EvaluateConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_local(run=self.run)
+        self.seen = self.seen and Seen(self.seen)
         if self.stage not in ("test", "valid"):
             raise ValueError(f"stage={self.stage!r}: set test or valid")
         if self.max_history < 0:
@@ -135,6 +153,10 @@ class ScoreConfig:
         default="",
         metadata={"help": "ranking: Parquet file, glob or folder with user_id, item_id (a list, or one) to be scored"},
     )
+    timestamp_unit: TimeUnit = field(
+        default=TimeUnit.s,
+        metadata={"help": "ranking: unit of numbers in the candidates' column timestamp: s, ms, us or ns"},
+    )
     part_rows: int = field(default=65536, metadata={"help": "ranking: rows of the input in one part of the output"})
     mode: ScoreMode = field(
         default=ScoreMode.full,
@@ -149,7 +171,9 @@ class ScoreConfig:
         metadata={"help": "history store to score, its newest generation; empty: the one the model was trained on"},
     )
     k: int = field(default=10, metadata={"help": "items per user"})
-    exclude_seen: bool = field(default=True, metadata={"help": "leave out items of the user's own history"})
+    seen: Seen | None = field(
+        default=None, metadata={"help": "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy"}
+    )
     query_time: str = field(
         default="",
         metadata={
@@ -182,8 +206,9 @@ class ScoreConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        check_local(run=self.run, out=self.out)
         self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
-        self.state_dtype = StateDtype(self.state_dtype)
+        self.state_dtype, self.seen = StateDtype(self.state_dtype), self.seen and Seen(self.seen)
         if self.part_rows < 1:
             raise ValueError(f"part_rows={self.part_rows}: set it to 1 or more")
         if self.k < 1 or self.batch_size < 1 or self.window < 0 or (self.max_history or 0) < 0:
@@ -204,3 +229,6 @@ class DemoConfig:
     out: str = field(default="runs/demo", metadata={"help": "folder for store, run, scores and plot; emptied first"})
     ranks: int = field(default=2, metadata={"help": "training and scoring processes"})
     train: list[str] = field(default_factory=list, metadata={"help": "more overrides for train.py"})
+
+    def __post_init__(self) -> None:
+        check_local(out=self.out)

@@ -14,6 +14,7 @@ from elastic_rec.pipeline.ranking_scoring import score_candidates
 from elastic_rec.pipeline.run_folder import load_model, read_config
 from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, Task, TrainConfig
 from elastic_rec.pipeline.scoring import score_store, scoring_config
+from elastic_rec.pipeline.targets import resolve_seen
 from elastic_rec.pipeline.task import ALL
 from elastic_rec.pipeline.world import World
 
@@ -42,12 +43,17 @@ def score(config: ScoreConfig, world: World) -> dict:
         store=config.store or run.data.store,
         config=run,
     )
+    config.seen = resolve_seen(task, config.seen or run.data.seen)
     return {"run": config.run, "step": step, **MODES[config.mode](task, model, step=step, config=config)}
 
 
 def _rank(config: ScoreConfig, run: TrainConfig, world: World) -> dict:
     if config.mode is not ScoreMode.full:
         raise ConfigError("mode=incremental recommends items, a ranking run scores candidates: leave mode out")
+    if config.seen is not None:
+        raise ConfigError(
+            f"seen={config.seen.value}, but a ranking run scores the candidates it is given: leave seen out"
+        )
     if config.max_history is not None:
         run.data.max_history = config.max_history or ALL
     task, model, step = load_model(

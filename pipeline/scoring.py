@@ -1,41 +1,40 @@
 """Batch scoring: one Parquet part per bucket of the store, each committed by a rename, the manifest last.
 
-    OUT/job.json              what is being scored, with what; a rerun with other settings is refused
-    OUT/part-00003.parquet    user_id, item_ids list, scores list; best first
-    OUT/manifest.json         parts and rows; written when all parts are there
+    OUT/part-00003.parquet    user_id, item_ids list, scores list; best first         (the rest: score_folder.py)
 
 Ranks walk through the parts in lockstep (part p goes to rank p modulo ranks), because the item table is sharded and
 every top-k needs all ranks; a rank that has run out of users takes part with an empty batch. A part's content does
-not depend on the number of ranks. A restart skips the parts that are there.
+not depend on the number of ranks. A restart skips the parts that are there and whole.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic_rec.feature_store.atomic_write import atomic_write, write_json
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.histories import Histories
-from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
-from elastic_rec.feature_store.store import StoreFile
+from elastic_rec.feature_store.schema import ARROW_TYPES
 from elastic_rec.feature_store.times import parse_time_s
 from elastic_rec.models.elastic.config import Attention, Time
+from elastic_rec.pipeline.data_schema import Seen
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs
+from elastic_rec.pipeline.evaluation import open_catalogue, seen_pairs, user_namer
+from elastic_rec.pipeline.finite import require_finite
 from elastic_rec.pipeline.retrieval import ShardedCatalogue
+from elastic_rec.pipeline.run_folder import model_fingerprint
 from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, TrainConfig
+from elastic_rec.pipeline.score_folder import ScoreFolder, job_of
 from elastic_rec.pipeline.task import ALL, NextItemTask, query_windows
 from elastic_rec.pipeline.world import World
 
@@ -60,13 +59,46 @@ def scoring_config(run: TrainConfig, config: ScoreConfig) -> TrainConfig:
 
 def score_store(task: NextItemTask, model: nn.Module, *, step: int, config: ScoreConfig) -> dict:
     """Score every user of task.store into config.out. Collective. Returns figures."""
-    out, world, files = Path(config.out), task.world, task.store.files
     start = time.perf_counter()
     asked_s = query_time_s(task, config)
-    history = {"store": task.store.manifest["hash"], "max_history": task.config.data.max_history}
-    open_job(out, {**job_settings(config, step=step), **history, "query_time": asked_s}, world)
-    todo = [i for i, file in enumerate(files) if not part_path(out, file).exists()]
-    world.say(f"{len(todo)} parts to score, {len(files) - len(todo)} done before")
+    about = {
+        **job_settings(config, step=step),
+        "store": task.store.manifest["hash"],
+        "max_history": task.config.data.max_history,
+        "query_time": asked_s,
+        "model": model_fingerprint(config.run, step=step, config=task.config, world=task.world),
+    }
+    numbers = [file.bucket for file in task.store.files]
+    with ScoreFolder(Path(config.out), about, world=task.world).writing(numbers) as folder:
+        whole = folder.whole(numbers)
+        todo = [i for i, number in enumerate(numbers) if number not in whole]
+        task.world.say(f"{len(todo)} parts to score, {len(whole)} done before")
+        if todo:
+            _score_parts(task, model, folder, todo, asked_s=asked_s, config=config)
+        rows = folder.close(numbers, unit="users", k=config.k)
+    seconds = time.perf_counter() - start
+    return {
+        "out": config.out,
+        "users": sum(rows.values()),
+        "parts": len(rows),
+        "skipped_parts": len(whole),
+        "seconds": round(seconds, 2),
+        "users_per_s": round(sum(rows[numbers[i]] for i in todo) / seconds, 1),
+    }
+
+
+def _score_parts(
+    task: NextItemTask,
+    model: nn.Module,
+    folder: ScoreFolder,
+    todo: list[int],
+    *,
+    asked_s: int | None,
+    config: ScoreConfig,
+) -> None:
+    """todo: indices of store files. Collective."""
+    folder.begin()
+    files, world = task.store.files, task.world
     catalogue = open_catalogue(model, world)
     for first in range(0, len(todo), world.size):
         mine = todo[first + world.rank] if first + world.rank < len(todo) else None
@@ -79,17 +111,7 @@ def score_store(task: NextItemTask, model: nn.Module, *, step: int, config: Scor
                 query_RD, _ = query_windows(model, windows, world.device)
             tables.append(recommend(task, catalogue, query_RD, histories, config))
         if mine is not None:
-            commit(part_path(out, files[mine]), pa.concat_tables(tables))
-    rows = close_job(out, task, {"k": config.k})
-    seconds = time.perf_counter() - start
-    return {
-        "out": str(out),
-        "users": sum(rows),
-        "parts": len(rows),
-        "skipped_parts": len(files) - len(todo),
-        "seconds": round(seconds, 2),
-        "users_per_s": round(sum(rows[i] for i in todo) / seconds, 1),
-    }
+            folder.commit(files[mine].bucket, pa.concat_tables(tables))
 
 
 def query_time_s(task: NextItemTask, config: ScoreConfig) -> int | None:
@@ -108,17 +130,16 @@ def query_time_s(task: NextItemTask, config: ScoreConfig) -> int | None:
             )
         return None
     if config.query_time == "now":
-        begun = Path(config.out) / "job.json"  # a restart asks for the same moment
-        before = json.loads(begun.read_text()).get("query_time") if begun.exists() else None
+        before = job_of(Path(config.out)).get("query_time")  # a restart asks for the same moment
         moment = torch.tensor(int(time.time()) if before is None else before, device=task.world.device)
         dist.broadcast(moment, 0)
         asked_s = int(moment)
     else:
         try:
-            asked_s = parse_time_s(config.query_time)
+            asked_s = parse_time_s(config.query_time, key="query_time")
         except ValueError as error:
-            raise ConfigError(f"query_time: {error}") from error
-    newest_s = max(file.max_time for file in task.store.files) // UNITS_PER_SECOND[task.store.time_unit]
+            raise ConfigError(str(error)) from error
+    _, newest_s = task.store.time_range_s()
     if asked_s < newest_s:
         raise ConfigError(
             f"query_time={config.query_time} ({asked_s}) is before the store's newest event ({newest_s}): what was "
@@ -143,7 +164,8 @@ def asked_after(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator
 
 def lockstep(items: Iterator[Item], world: World) -> Iterator[Item | None]:
     """This rank's items, then None until every rank has run out."""
-    while True:
+    for number in count():
+        world.pulse.beat(f"batch {number} of a part")
         item = next(items, None)
         someone = torch.tensor(int(item is not None), device=world.device)
         dist.all_reduce(someone, op=dist.ReduceOp.MAX)
@@ -155,8 +177,14 @@ def lockstep(items: Iterator[Item], world: World) -> Iterator[Item | None]:
 def recommend(
     task: NextItemTask, catalogue: ShardedCatalogue, query_RD: torch.Tensor, histories: Histories, config: ScoreConfig
 ) -> pa.Table:
-    """Top-k of each user, padding left out. histories: what they have seen. Collective."""
-    seen = seen_pairs(histories, task, "score") if config.exclude_seen else None
+    """Top-k of each user, padding left out. histories: what they have seen; config.seen: keep or exclude. Collective.
+
+    Raises NonFiniteError for a query or score that is no number.
+    """
+    require_finite(query_RD, "the query", row_name=user_namer(task, histories))
+    seen = None
+    if config.seen is Seen.exclude:
+        seen = seen_pairs(histories, np.diff(histories.offsets), task.world.device)
     ids_Rk, score_Rk = (found.cpu() for found in catalogue.top_k(query_RD, config.k, seen))
     real = histories.rows >= 0
     ids_Rk, score_Rk = ids_Rk[torch.from_numpy(real)], score_Rk[torch.from_numpy(real)]
@@ -179,45 +207,4 @@ def _schema(task: NextItemTask) -> pa.Schema:
 
 def job_settings(config: ScoreConfig, *, step: int) -> dict:
     run = str(Path(config.run).resolve())
-    return {"mode": config.mode.value, "run": run, "step": step, "k": config.k, "exclude_seen": config.exclude_seen}
-
-
-def open_job(out: Path, settings: dict, world: World) -> None:
-    """Write job.json, or check that a restart does the same job. Collective."""
-    known = out / "job.json"
-    if known.exists():
-        was = json.loads(known.read_text())
-        changed = [key for key in settings if was.get(key) != settings[key]]
-        if changed:
-            key = changed[0]
-            raise ConfigError(
-                f"{out} holds scores made with {key}={was.get(key)!r}, asked for now: {settings[key]!r}; "
-                "give another out=DIR, or remove that folder"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty and holds no scores (no job.json): give another out=DIR")
-    dist.barrier()  # nobody writes before everybody has looked
-    if world.is_main and not known.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(known, settings)
-    dist.barrier()
-
-
-def close_job(out: Path, task: NextItemTask, about: dict) -> list[int]:
-    """Write manifest.json when all ranks have committed their parts. Returns the parts' rows. Collective."""
-    dist.barrier()
-    paths = [part_path(out, file) for file in task.store.files]
-    rows = [pq.read_metadata(path).num_rows for path in paths]
-    if task.world.is_main:
-        parts = [{"path": path.name, "users": n} for path, n in zip(paths, rows, strict=True)]
-        write_json(out / "manifest.json", {"parts": parts, "users": sum(rows), **about})
-    return rows
-
-
-def part_path(out: Path, file: StoreFile) -> Path:
-    return out / f"part-{file.bucket:05d}.parquet"
-
-
-def commit(path: Path, table: pa.Table) -> None:
-    with atomic_write(path) as aside:
-        pq.write_table(table, aside, compression="zstd")
+    return {"mode": config.mode.value, "run": run, "step": step, "k": config.k, "seen": config.seen.value}

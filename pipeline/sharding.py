@@ -45,7 +45,17 @@ class ParallelConfig:
         },
     )
 
+    timeout_s: float = field(
+        default=600.0,
+        metadata={
+            "help": "seconds that ranks wait for one that does not arrive, before the job ends and names it; more than "
+            "the slowest rank needs for a checkpoint"
+        },
+    )
+
     def __post_init__(self) -> None:
+        if not 1 <= self.timeout_s <= 7 * 86400:
+            raise ValueError(f"parallel.timeout_s={self.timeout_s:g}: set 1 to 604800 (a week)")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"parallel.device={self.device!r}: set auto, cpu or cuda")
 

@@ -8,6 +8,7 @@ from elastic_rec.feature_store.manifest import filed_generations, read_manifest
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.statistics import StoreStatistics, top_share
 from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.times import iso_time
 from elastic_rec.feature_store.vocabulary import UNKNOWN
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -17,6 +18,7 @@ TOP_VALUES = 12
 def store_figures(store: Store, statistics: StoreStatistics, max_history: list[int]) -> dict:
     """Times in seconds, shares from 0 to 1."""
     unit = UNITS_PER_SECOND[store.time_unit]
+    first_s, last_s = store.time_range_s()
     return {
         "name": store.manifest["name"],
         "generation": store.generation,
@@ -25,8 +27,8 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
         "users": store.num_users,
         "events": store.num_events,
         "items": len(statistics.ranked()),
-        "first_time": iso_time(min(entry["min_time"] for entry in store.manifest["files"]) // unit),
-        "last_time": iso_time(max(entry["max_time"] for entry in store.manifest["files"]) // unit),
+        "first_time": iso_time(first_s),
+        "last_time": iso_time(last_s),
         "lengths": {percent: statistics.lengths.percentile(percent) for percent in PERCENTILES}
         | {"mean": round(store.num_events / store.num_users, 3)},
         "max_history": {limit: _cut(store, statistics, limit) for limit in max_history},
@@ -38,10 +40,6 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
         "filters": store.manifest["filters"],
         "generations": _generations(store),
     }
-
-
-def iso_time(time_s: int) -> str:
-    return str(np.datetime64(time_s, "s")) + "Z"
 
 
 def duration(seconds: float) -> str:

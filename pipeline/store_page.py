@@ -152,7 +152,7 @@ def _written(figures: dict) -> Iterator[str]:
         [
             f"{g['generation']}{' (this one)' if g['generation'] == figures['generation'] else ''}",
             *(f"{g[key]:,}" for key in ("users", "events", "input_files", "input_events")),
-            *("not kept" if g["checks"] is None else f"{g['checks'][name]:,}" for name in names),
+            *(f"{g['checks'][name]:,}" if name in (g["checks"] or ()) else "not kept" for name in names),
         ]
         for g in figures["generations"]
     ]

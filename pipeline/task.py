@@ -95,12 +95,13 @@ class NextItemTask:
     def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, Iterator[PrefixBatch]]]:
         """All users once, in a fixed order, with their "valid" or "test" target (weight 0 where there is none). A batch
         of users comes in all its windows (`query_windows`)."""
-        for histories in self._reader(batch_size, shuffle=False).epoch(0):
+        for histories in self.histories(batch_size=batch_size, what=stage):
             yield histories, self._batches(histories, stage)
 
-    def histories(self, *, batch_size: int) -> Iterator[Histories]:
-        """All users once, in a fixed order, each rank its share of a global batch of batch_size users."""
-        for histories in self._reader(batch_size, shuffle=False).epoch(0):
+    def histories(self, *, batch_size: int, what: str = "all users") -> Iterator[Histories]:
+        """All users once, in a fixed order, each rank its share of a global batch of batch_size users. what: names the
+        pass where a rank is waited for."""
+        for histories in self.world.pulse.pace(self._reader(batch_size, shuffle=False).epoch(0), what):
             yield self.known(histories)
 
     def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:

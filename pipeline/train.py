@@ -5,33 +5,59 @@ python pipeline/train.py data=ml100k run.dir=runs/ml100k run.resume=true
 python pipeline/train.py experiment=ml1m_ranking run.dir=runs/ml1m-ranking
 """
 
+from pathlib import Path
+
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.feature_store.cursor import Cursor
+from elastic_rec.feature_store.impressions.reader import ImpressionReader
+from elastic_rec.feature_store.reader import HistoryReader
+from elastic_rec.models.heads.ranking import RankingModel
+from elastic_rec.models.heads.retrieval import RetrievalModel
 from elastic_rec.pipeline.checkpoints import Checkpoints
-from elastic_rec.pipeline.evaluation import validate
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
 from elastic_rec.pipeline.run_folder import keep_generation, open_run
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.sharding import plan_table, shard
-from elastic_rec.pipeline.tasks import make_task
+from elastic_rec.pipeline.tasks import AnyTask, make_task
 from elastic_rec.pipeline.trainer import Trainer, planned_steps
+from elastic_rec.pipeline.validation import Validation, prepare
 from elastic_rec.pipeline.world import World
 
 
 @verb("train", TrainConfig, distributed=True)
 def main(config: TrainConfig, world: World) -> dict:
+    return train(config, world)
+
+
+def train(config: TrainConfig, world: World) -> dict:
+    config.run.resume |= world.pulse.remembers(config.run.dir)
     keep_generation(config)
     task = make_task(config, world=world)
+    prepare(task)
     reader = task.train_reader()
     model = task.build_model()
     attach_table_optimisers(model, config.optim)
-    run_dir = open_run(config, task=task, world=world)
+    with open_run(config, task=task, world=world) as run_dir:
+        world.pulse.remember(config.run.dir)  # an attempt after this one, torchrun --max-restarts=N, goes on
+        return _train(config, world, run_dir=run_dir, task=task, reader=reader, model=model)
+
+
+def _train(
+    config: TrainConfig,
+    world: World,
+    *,
+    run_dir: Path,
+    task: AnyTask,
+    reader: HistoryReader | ImpressionReader,
+    model: RetrievalModel | RankingModel,
+) -> dict:
     model = shard(model, world=world, config=config.parallel, seed=config.run.seed)
     world.say(plan_table(model.plan))
     total_steps = planned_steps(config, reader.num_batches)
     optimiser, scheduler = build_optimiser(model, config.optim, total_steps=total_steps)
+    validation = Validation(task, model.module, run_dir=run_dir)
     log = MetricsLog(run_dir, world=world, total_steps=total_steps)
     trainer = Trainer(
         model,
@@ -43,7 +69,7 @@ def main(config: TrainConfig, world: World) -> dict:
         log=log,
         num_batches=reader.num_batches,
         batches=lambda epoch, start: task.train_batches(reader, epoch=epoch, start_batch=start),
-        validate=lambda: validate(task, model.module),
+        validate=validation,
         metric=task.metric,
         cursor=reader.cursor,
         user_ids=lambda rows: task.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist(),
@@ -60,6 +86,7 @@ def main(config: TrainConfig, world: World) -> dict:
         "epochs": progress.epoch,
         "best_step": progress.best_step,
         f"valid_{task.metric}": progress.best,
+        **validation.verdict(progress.best),
         "ranks": world.size,
     }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,12 +16,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
+from elastic_rec.feature_store.atomic_write import at_place
 from elastic_rec.feature_store.batch import PrefixBatch
 from elastic_rec.feature_store.cursor import Cursor
+from elastic_rec.pipeline import interrupts
 from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import NonFiniteError
+from elastic_rec.pipeline.finite import require_finite_state
 from elastic_rec.pipeline.metrics_log import MetricsLog
 from elastic_rec.pipeline.optimisers import set_step
+from elastic_rec.pipeline.pulse import AllStop
 from elastic_rec.pipeline.ranking_task import RankingBatch
 from elastic_rec.pipeline.schema import TrainConfig
 from elastic_rec.pipeline.world import World
@@ -28,23 +34,24 @@ from elastic_rec.pipeline.world import World
 @dataclass
 class Progress:
     """Where a run stands; saved with every checkpoint. epoch and batch name the next batch to train on; cursor is the
-    same for the reader, with the hash of what it reads."""
+    same for the reader, with the hash of what it reads. to_validate: the weights are to be validated before that."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
-    best: float = float("-inf")
-    best_step: int = 0
+    best: float | None = None  # None: no validation has given a figure
+    best_step: int | None = None
     bad_epochs: int = 0
+    to_validate: bool = False
     cursor: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
     """Trains a sharded model.
 
-    batches(epoch, start_batch) yields this rank's batches; validate() returns figures, `metric` among them, which
-    chooses the best checkpoint; user_ids(rows) names users in errors; cursor(epoch, batch) is the reader's. Each rank's
-    loss is its share of the global batch's loss, times ranks.
+    batches(epoch, start_batch) yields this rank's batches; validate() returns figures, whose `metric` chooses the best
+    checkpoint (absent or None: undefined); user_ids(rows) names users in errors; cursor(epoch, batch) is the reader's.
+    Each rank's loss is its share of the global batch's loss, times ranks.
 
     A batch may come in windows: an update of the weights each, but one step of the run (schedule, log, checkpoint),
     after the last of them, where no state is carried.
@@ -87,24 +94,53 @@ class Trainer:
         return True
 
     def run(self) -> Progress:
-        """Train to the end, and return where it ended."""
+        """Train to the end, and return where it ended.
+
+        Raises Interrupted after a signal, a checkpoint later. Raises NonFiniteError for a loss, weight, query or score
+        that is no number; what it names is in no checkpoint.
+        """
+        with self._last_checkpoint_named():
+            try:
+                with self.world.pulse.voting():
+                    return self._run()
+            except AllStop:
+                self._require_finite()
+                self._save()
+                raise interrupts.Interrupted(
+                    f"interrupted by {interrupts.requested() or 'a signal to another rank'} at step "
+                    f"{self.progress.step}, which is saved: go on with the same command and run.resume=true"
+                ) from None
+
+    def _run(self) -> Progress:
         optim, progress = self.config.optim, self.progress
-        while progress.step < self.total_steps and not self._out_of_patience():
-            self._train_epoch()
-            if progress.batch < self.num_batches:
-                self._save(is_best=False)  # max_steps fell inside the epoch
-                break
-            progress.epoch, progress.batch = progress.epoch + 1, 0
+        while progress.to_validate or (progress.step < self.total_steps and not self._out_of_patience()):
+            if not progress.to_validate:
+                self._train_epoch()
+                progress.to_validate = True
+                if progress.batch == self.num_batches:  # else max_steps fell inside the epoch
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._require_finite()
             figures = self.validate()
-            is_best = figures[self.metric] > progress.best
-            progress.bad_epochs = 0 if is_best else progress.bad_epochs + 1
-            if is_best:
-                progress.best, progress.best_step = figures[self.metric], progress.step
+            progress.to_validate = False
+            self._judge(figures.get(self.metric), is_whole=progress.batch == 0)
             self.log.write("valid", step=progress.step, epoch=progress.epoch, **figures)
-            self._save(is_best=is_best)
+            self._save()
         if self._out_of_patience():
             self.world.say(f"early stop: no better validation for {optim.patience} epochs")
         return progress
+
+    def _judge(self, value: float | None, *, is_whole: bool) -> None:
+        """Notes a validation's figure. An undefined one does not count for patience."""
+        progress = self.progress
+        if value is None or math.isnan(value):
+            self.world.say(
+                f"validation at step {progress.step}: {self.metric} is undefined on these targets (for auc: one class "
+                "only); the checkpoint is kept, and patience does not count it"
+            )
+        elif progress.best is None or value > progress.best:
+            progress.best, progress.best_step, progress.bad_epochs = value, progress.step, 0
+        else:
+            progress.bad_epochs += is_whole
 
     def _train_epoch(self) -> None:
         """Steps from progress.batch to the end of the epoch, or to the last step of all."""
@@ -131,12 +167,46 @@ class Trainer:
             watch.add(progress.step, losses.mean(), batch.rows)
             if progress.step % run.log_every == 0 or progress.batch == self.num_batches:
                 self._log_steps(watch, source, epoch)
-            if run.checkpoint_every and progress.step % run.checkpoint_every == 0 and progress.batch < self.num_batches:
+            if self._is_due(progress):
                 watch.check()
-                self._save(is_best=False)
+                self._require_finite()
+                self._save()
+            if progress.batch < self.num_batches:
+                self._beat(watch)
         watch.check()
         if hasattr(pipeline, "detach"):
             pipeline.detach()
+
+    def _is_due(self, progress: Progress) -> bool:
+        """Whether a checkpoint is written between validations, which write their own."""
+        every = self.config.run.checkpoint_every
+        is_last = progress.batch == self.num_batches or progress.step == self.total_steps
+        return bool(every) and progress.step % every == 0 and not is_last
+
+    def _beat(self, watch: LossWatch) -> None:
+        try:
+            self.world.pulse.beat(f"step {self.progress.step + 1}")
+        except AllStop:
+            watch.check()  # no checkpoint of broken weights
+            raise
+
+    def _require_finite(self) -> None:
+        """Refuse to validate or save broken weights: an update after a finite loss can overflow. Collective."""
+        require_finite_state({"": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}, self.world)
+
+    @contextmanager
+    def _last_checkpoint_named(self) -> Iterator[None]:
+        """Adds to a NonFiniteError what to go on from."""
+        try:
+            yield
+        except NonFiniteError as error:
+            steps, last = self.checkpoints.complete_steps(), "There is no checkpoint yet"
+            if steps:
+                last = f"The last checkpoint, {self.checkpoints.folder(steps[-1])}, has finite weights"
+            raise NonFiniteError(
+                f"found after step {self.progress.step}: {error}. {last}: lower optim.dense_lr, optim.table_lr or "
+                "optim.bank_lr and start again with run.resume=true, or look at the users' events"
+            ) from None
 
     def _pipeline(self) -> TrainPipelineBase:
         kind = TrainPipelineSparseDist if self.config.run.pipelined else TrainPipelineBase
@@ -158,10 +228,12 @@ class Trainer:
             data_wait_share=waited / elapsed,
         )
 
-    def _save(self, *, is_best: bool) -> None:
+    def _save(self) -> None:
         self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
-        self.checkpoints.save(self.model, self.optimiser, saved, is_best=is_best)
+        self.log.sync()
+        with at_place(self.checkpoints.folder(self.progress.step)):
+            self.checkpoints.save(self.model, self.optimiser, saved, best_step=self.progress.best_step)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.optim.patience
@@ -254,11 +326,7 @@ class LossWatch:
         for (step, _, rows), loss in zip(self.pending, losses.tolist(), strict=True):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 users = self.user_ids(rows)
-                raise NonFiniteError(
-                    f"loss is {loss} at step {step}; users of this rank's batch: {users}. The last checkpoint is from "
-                    "before it: lower optim.dense_lr, optim.table_lr or optim.bank_lr and start again with "
-                    "run.resume=true, or look at these users' events"
-                )
+                raise NonFiniteError(f"loss is {loss} at step {step}; users of this rank's batch: {users}")
         self.pending.clear()
         self.last_mean = float(losses.mean())
         return self.last_mean

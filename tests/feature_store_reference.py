@@ -55,18 +55,21 @@ def write_events(path: Path, events: list[Event]) -> str:
     table = table_of(events)
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=max(1, len(events) // 3))
+    elif path.suffix == ".tsv":  # no quotes, whatever the fields hold
+        rows = zip(*(column.to_pylist() for column in table.columns), strict=True)
+        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [table.column_names, *rows]))
     else:
-        options = pa_csv.WriteOptions(delimiter="\t" if path.suffix == ".tsv" else ",")
-        pa_csv.write_csv(table, path, options)
+        pa_csv.write_csv(table, path)
     return str(path)
 
 
 def make_store(folder: Path, events: list[Event], **settings) -> Store:
     folder.mkdir(parents=True, exist_ok=True)
     source = write_events(folder / "events.parquet", events)
-    settings = {"num_buckets": 3, "row_group_events": 60, "threads": 1, **settings}
-    ingest(IngestConfig(input=[source], out=str(folder / "store"), **settings))
-    return Store.open(folder / "store")
+    defaults = {"num_buckets": 3, "row_group_events": 60, "threads": 1, "out": str(folder / "store")}
+    config = IngestConfig(input=[source], **{**defaults, **settings})
+    ingest(config)
+    return Store.open(config.out)
 
 
 def reference_histories(

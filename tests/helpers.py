@@ -64,7 +64,7 @@ def command(verb: str, *overrides: str, ranks: int = 1) -> list[str]:
 def start(verb: str, *overrides: str, ranks: int = 1, log: Path) -> subprocess.Popen:
     """Start a verb in the background; its stderr goes to `log`."""
     arguments = command(verb, *overrides, ranks=ranks)
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=log.open("w"), env=_env())
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=log.open("w"), env=environment())
 
 
 def kill_9(process: subprocess.Popen) -> None:
@@ -80,7 +80,7 @@ def kill_9(process: subprocess.Popen) -> None:
 def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
     """Run a verb to its end and return the JSON of its last line."""
     done = subprocess.run(
-        command(verb, *overrides, ranks=ranks), capture_output=True, text=True, env=_env(), timeout=300
+        command(verb, *overrides, ranks=ranks), capture_output=True, text=True, env=environment(), timeout=300
     )
     assert done.returncode == 0, done.stderr[:8000]
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"stderr": done.stderr}
@@ -88,7 +88,7 @@ def run(verb: str, *overrides: str, ranks: int = 1) -> dict:
 
 def output_of(command: list[str]) -> str:
     """Run a command that must succeed; returns its stdout."""
-    done = subprocess.run(command, capture_output=True, text=True, env=_env(), timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[:8000]
     return done.stdout
 
@@ -96,7 +96,7 @@ def output_of(command: list[str]) -> str:
 def fail(verb: str, *overrides: str, ranks: int = 1) -> tuple[int, str]:
     """Run a verb that must fail; returns (exit code, stderr)."""
     done = subprocess.run(
-        command(verb, *overrides, ranks=ranks), capture_output=True, text=True, env=_env(), timeout=300
+        command(verb, *overrides, ranks=ranks), capture_output=True, text=True, env=environment(), timeout=300
     )
     assert done.returncode != 0, done.stdout
     return done.returncode, done.stderr
@@ -108,5 +108,5 @@ def train_lines(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
-def _env() -> dict[str, str]:
+def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}

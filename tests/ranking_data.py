@@ -15,9 +15,10 @@ from elastic_rec.feature_store.ingest import IngestConfig, ingest
 GROUPS, PER_GROUP = 4, 6
 
 
-def make_ranking_store(folder: Path, *, num_users: int = 60, seed: int = 0) -> Path:
+def make_ranking_store(folder: Path, *, num_users: int = 60, seed: int = 0, wide: bool = False) -> Path:
     """Each user likes one of four groups of items: of his 5 to 40 events two in three, and 9 in 10 of what he clicks.
-    "kept" is a second label, unknown for every third candidate. Impressions have 1 to 4 candidates."""
+    "kept" is a second label, unknown for every third candidate. Impressions have 1 to 4 candidates.
+    wide: three context and three item columns, of sizes that a planner spreads over the ranks."""
     rng = np.random.default_rng(seed)
     liked = rng.integers(0, GROUPS, num_users)
     lengths = rng.integers(5, 41, num_users)
@@ -47,6 +48,13 @@ def make_ranking_store(folder: Path, *, num_users: int = 60, seed: int = 0) -> P
                 }
             )
     items = [{"item_id": i + 100, "tags": ["a", "b", "c"][: i % 4]} for i in range(GROUPS * PER_GROUP)]
+    context, item_context = ["device"], ["tags"]
+    if wide:
+        for row in rows:
+            row |= {"page": ("top", "end", "mid")[int(rng.integers(0, 3))], "country": int(rng.integers(0, 40))}
+        for i, item in enumerate(items):
+            item |= {"brand": i % 12, "words": [str(word) for word in rng.integers(0, 50, i % 5)]}
+        context, item_context = [*context, "page", "country"], [*item_context, "brand", "words"]
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(events), folder / "events.parquet")
     pq.write_table(pa.Table.from_pylist(rows), folder / "impressions.parquet")
@@ -64,9 +72,9 @@ def make_ranking_store(folder: Path, *, num_users: int = 60, seed: int = 0) -> P
     config = ImpressionConfig(
         input=[str(folder / "impressions.parquet")],
         label_columns=["click", "kept"],
-        context_columns=["device"],
+        context_columns=context,
         item_input=str(folder / "items.parquet"),
-        item_context_columns=["tags"],
+        item_context_columns=item_context,
     )
     ingest_impressions(config, out=str(store))
     return store

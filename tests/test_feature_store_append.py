@@ -156,7 +156,7 @@ def test_the_same_file_again_is_refused_unless_forced(tmp_path):
             add(store, source)
     other = write_events(tmp_path / "e.csv", events[:5])
     twice = IngestConfig(mode="append", input=[other, shutil.copy(other, tmp_path / "f.csv")], out=str(store.path))
-    with pytest.raises(DataError, match=r"f\.csv: the same bytes.*e\.csv, this append"):
+    with pytest.raises(DataError, match=r"f\.csv: the same bytes as .*e\.csv; each row"):
         append(twice)
     assert Store.open(store.path).generation == 1
     assert add(store, renamed, force=True)["events"] == 400

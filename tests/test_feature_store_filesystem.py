@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from feature_store_reference import (
     pick,
@@ -16,9 +17,10 @@ from feature_store_reference import (
 from elastic_rec.feature_store import staging
 from elastic_rec.feature_store.append import append
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import find_files, open_location
+from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.generations import compact, publish, rollback
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
+from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.reader import HistoryReader
 from elastic_rec.feature_store.store import Store
 
@@ -93,7 +95,42 @@ def test_input_comes_from_there_too(place, tmp_path):
         ingest(IngestConfig(input=[f"{place}/bad.csv"], out=str(tmp_path / "t")))
     with pytest.raises(DataError, match="no file matches"):
         ingest(IngestConfig(input=[f"{place}/none-*.csv"], out=str(tmp_path / "t")))
-    assert [f.name for f in find_files(f"{place}/*.csv")] == ["bad.csv"]
+    assert [f.name for f in find_inputs([f"{place}/*.csv"], format="auto")[0]] == ["bad.csv"]
+
+
+def put(url: str) -> None:
+    file, content = open_location(url), b"user_id,item_id,timestamp\n1,2,3\n"
+    if file.is_local:
+        os.makedirs(file.parent.path, exist_ok=True)
+    file.replace(pa.compress(content, "zstd", asbytes=True) if url.endswith(".zst") else content)
+    assert file.size() != 0
+
+
+def test_no_input_is_left_out_there_either(place, tmp_path):
+    data = ["B.CSV", "a.csv", "day.csv/part-0.csv.zst", "dt=2026-01-01/größe (1), ~x.csv"]
+    litter = ["_SUCCESS", ".a.csv.crc", "a.csv.crc", "day.csv/_temporary/0.csv", ".spark/x.csv"]
+    for name in [*data, *litter]:
+        put(f"{place}/in/{name}")
+
+    def found(entry):
+        files, _ = find_inputs([f"{place}/{entry}"], format="auto")
+        return [file.below(open_location(f"{place}/in")) for file in files]
+
+    assert found("in") == found("in/*") == found("in/**") == found("i*") == data
+    assert found("in/d*") == data[2:] and found("in/*.csv") == data[1:3] and found("in/*/p*") == data[2:3]
+    entry = f"{place}/in/dt=*"
+    ingest(IngestConfig(input=[entry], out=str(tmp_path / "s"), context_columns=["dt"], **SETTINGS))
+    assert Store.open(tmp_path / "s").vocabulary("dt").ids.to_pylist() == ["2026-01-01"]
+    with pytest.raises(DataError, match=r"a\.csv: the same bytes as .*B\.CSV"):
+        ingest(IngestConfig(input=[f"{place}/in/*.*"], out=str(tmp_path / "t"), **SETTINGS))
+    put(f"{place}/in/notes.txt")
+    with pytest.raises(DataError, match=rf"{place}/in/notes\.txt: format unknown"):
+        found("in")
+    put(f"{place}/t/dt=1/part-0.parquet")
+    put(f"{place}/t/_delta_log/0.json")
+    for entry in ("t", "t/*/*.parquet", "t/dt=1"):
+        with pytest.raises(DataError, match=rf"{place}/t: a table of Delta"):
+            found(entry)
 
 
 def test_an_overwrite_cut_off_before_its_manifest_leaves_the_old_store(place, tmp_path, monkeypatch):

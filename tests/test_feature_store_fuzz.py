@@ -116,8 +116,10 @@ COLUMNS = {
     "datetime": lambda rng, c: pa.array(rng.integers(-(10**9), 10**9, len(c))).cast(pa.timestamp("s", "UTC")),
     "far datetime": lambda rng, c: pa.array([2**62] * len(c)).cast(pa.timestamp("us")),
     "dictionary": lambda rng, c: c.dictionary_encode(),
+    "null words": lambda rng, c: pa.array(rng.choice(["nan", "None", "a", "b", "2024-01-01"], len(c))),
     "mixed units": lambda rng, c: pa.array(rng.choice([10**9, 10**12, 10**15], len(c))),
 }
+DROPPED_ALONE = ("null_ids", "null_words", "bad_times", "future_times")
 NAMES = ("user_id", "item_id", "timestamp", "event_id", "action")
 
 
@@ -203,7 +205,8 @@ def case(number: int) -> tuple[str, str, bytes, dict]:
     if name == "e.csv" and rng.random() < 0.2:
         content, damage = damaged(rng, gzip.compress(content, mtime=0), share=0.5)
         name, what = "e.csv.gz", f"{what}, packed, {damage}"
-    policies = {check: str(rng.choice(["fail", "drop"])) for check in ("null_ids", "bad_times", "future_times")}
+    policies = {check: str(rng.choice(["fail", "drop"])) for check in DROPPED_ALONE}
+    policies["wrong_clock"] = str(rng.choice(["fail", "keep", "keep"]))
     settings = {"event_id_column": "event_id", "context_columns": ["action"], "checks": policies}
     settings["timestamp_unit"] = str(rng.choice(["s", "s", "s", "ms", "us", "ns"]))
     if rng.random() < 0.3:
@@ -246,7 +249,7 @@ def check_ingested(what: str, out: Path, policies: dict[str, str], figures: dict
     checks = figures["checks"]
     assert all(checks[name] == 0 for name, policy in policies.items() if policy == "fail"), what
     dropped = figures["read_events"] - figures["events"]
-    alone = [checks[name] for name in ("null_ids", "bad_times", "future_times")]
+    alone = [checks[name] for name in DROPPED_ALONE]
     # An event may fail two of the checks and is dropped once.
     assert max(alone) + checks["duplicates"] <= dropped <= sum(alone) + checks["duplicates"], what
     tables = [pq.read_table(file.path.open()) for file in store.files]

@@ -82,7 +82,7 @@ def test_batches_windows_and_memory(store):
     assert sum(events for _, events in found["batches"]) == store.num_events
     assert [b for b in found["batches"] if b[1] > BUDGET] == [[1, LONG]], "alone in his batch"
     assert found["windows"] == -(-LONG // WINDOW)
-    items = pq.read_table(Path(store.path) / "bucket=0007" / "part-000.parquet")
+    items = pq.read_table(next(Path(store.path).glob("bucket=0007/part-*.parquet")))
     long = int(np.argmax(items["num_events"].to_numpy()))
     flat = items["events"].combine_chunks()[long].values.field("item").to_numpy()
     assert found["items"] == int(flat.sum())

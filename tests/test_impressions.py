@@ -39,7 +39,7 @@ def random_impressions(users: list, items: list, *, num: int = 400, seed: int = 
                 "timestamp": int(rng.integers(1_000_000, 1_000_050)),
                 "candidates": [items[i] for i in rng.integers(0, len(items), n)],
                 "click": labels,
-                "watched_s": [float(x) for x in rng.integers(0, 90, n)],
+                "watched": [float(x) / 128 for x in rng.integers(0, 129, n)],
                 "device": None if rng.random() < 0.1 else ("tv", "phone", "web")[rng.integers(0, 3)],
                 "tags": [] if rng.random() < 0.2 else [int(x) for x in rng.integers(5, 9, rng.integers(1, 4))],
             }
@@ -74,7 +74,7 @@ def config_of(folder, **changes) -> ImpressionConfig:
         **{
             "input": [str(folder / "impressions-*.parquet")],
             "candidates_column": "candidates",
-            "label_columns": ["click", "watched_s"],
+            "label_columns": ["click", "watched"],
             "context_columns": ["device", "tags"],
             "item_input": str(folder / "items.parquet"),
             "item_column": "item",
@@ -141,7 +141,7 @@ def expected(case, max_history: int) -> list[dict]:
             "timestamp": r["timestamp"],
             "seen": seen_by(events, r["user_id"], r["timestamp"], max_history),
             "candidates": [c if c in known_items else None for c in r["candidates"]],
-            "labels": [list(pair) for pair in zip(r["click"], r["watched_s"], strict=True)],
+            "labels": [list(pair) for pair in zip(r["click"], r["watched"], strict=True)],
             "device": [r["device"]],
             "tags": r["tags"],
             "genres": [attributes[c]["genres"] if c in attributes else [] for c in r["candidates"]],
@@ -220,6 +220,10 @@ def test_stages_part_the_impressions_by_time(case):
     assert max(times["train"]) < min(times["valid"]) and max(times["valid"]) < min(times["test"])
     with pytest.raises(ValueError, match="must be before"):
         make(case[0], split=ImpressionSplit(valid_time="80%", test_time="80%"))
+    late = ImpressionSplit(valid_time="2030-01-01", test_time="2031-01-01")
+    message = "no impressions in stage valid: train 400, valid 0, test 0 of 400, which were shown from 1970-01-12T13:4"
+    with pytest.raises(DataError, match=message):
+        make(case[0], split=late, stage="valid")
 
 
 def test_batch_for_a_model(case):
@@ -298,16 +302,45 @@ def test_coarser_clocks_never_let_the_future_through(tmp_path):
         ({"candidates": []}, "row 2: there is no candidate"),
         ({"candidates": [1, None]}, "row 2: a candidate is empty"),
         ({"click": [1.0]}, "row 2: a label list is not as long"),
+        ({"click": [1.0, -1.0]}, r"row 2: label 'click' is -1, not from 0 to 1; .*label_thresholds={click: 4}"),
+        ({"watched": [1.0, 4.0]}, "row 2: label 'watched' is 4, not from 0 to 1"),
+        ({"click": [float("nan"), 1.0]}, "row 2: label 'click' is nan, .* write null where there is no label"),
     ],
 )
 def test_bad_rows_are_named_and_nothing_is_written(tmp_path, change, message):
     store = make_store(tmp_path, random_events(50), context_columns=["action"])
-    good = {"user_id": 1, "timestamp": 5, "candidates": [1, 2], "click": [1.0, 0.0], "watched_s": [1.0, 0.0]}
+    good = {"user_id": 1, "timestamp": 5, "candidates": [1, 2], "click": [1.0, 0.0], "watched": [1.0, 0.0]}
     pq.write_table(pa.Table.from_pylist([good, good | change, good]), tmp_path / "impressions-0.parquet")
     config = config_of(tmp_path, item_input=None, item_context_columns=[], context_columns=[])
     with pytest.raises(DataError, match=message):
         ingest_impressions(config, out=str(store.path), threads=1)
     assert not (store.path / "impressions").is_dir() and not (store.path / ".append").is_dir()
+
+
+def test_labels_on_another_scale_truths_and_nulls(tmp_path):
+    """A threshold makes 0 and 1 of stars, true is 1, null is no label; a label nobody has is refused."""
+    store = make_store(tmp_path, random_events(50), context_columns=["action"])
+    rows = [
+        {"user_id": 1, "timestamp": 5, "candidates": [1, 2, 3], "stars": [3, 4, None], "bought": [True, False, None]},
+        {"user_id": 1, "timestamp": 6, "candidates": [1], "stars": [5], "bought": [None]},
+    ]
+    kinds = {"stars": pa.list_(pa.int8()), "bought": pa.list_(pa.bool_()), "never": pa.list_(pa.float64())}
+    table = pa.table({name: pa.array([row.get(name) for row in rows], kinds.get(name)) for name in rows[0]})
+    pq.write_table(table, tmp_path / "impressions-0.parquet")
+    bare = {"item_input": None, "item_context_columns": [], "context_columns": []}
+    labels = {"label_columns": ["stars", "bought"], "label_thresholds": {"stars": 4}}
+    ingest_impressions(config_of(tmp_path, **bare, **labels), out=str(store.path), threads=1)
+    (batch,) = make(store, shuffle=False).epoch(0)
+    assert np.array_equal(batch.labels.T, [[0, 1, np.nan, 1], [1, 0, np.nan, np.nan]], equal_nan=True)
+    with pytest.raises(DataError, match="row 1: label 'stars' is 3, not from 0 to 1"):
+        ingest_impressions(config_of(tmp_path, **bare, label_columns=["stars"]), out=str(store.path), threads=1)
+    with pytest.raises(ValueError, match="'click' is not in label_columns"):
+        config_of(tmp_path, **bare, label_columns=["stars"], label_thresholds={"click": 4})
+    nothing = pa.array([[None] * 3, [None]], kinds["never"])
+    pq.write_table(table.append_column("never", nothing), tmp_path / "impressions-0.parquet")
+    with pytest.raises(DataError, match="label 'never' is null for all candidates of 2 impressions"):
+        ingest_impressions(config_of(tmp_path, **bare, label_columns=["never"]), out=str(store.path), threads=1)
+    assert ImpressionTable(store).labels == ["stars", "bought"], "what was there stays"
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastic_rec.feature_store.append import append
+from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
+from elastic_rec.feature_store.states import StateFile
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.score import score
@@ -131,10 +133,26 @@ def test_a_finished_day_again_changes_nothing(thirty_days, world):
 
 
 def test_another_folder_is_scored_from_the_states_alone(thirty_days, world):
-    figures = thirty_days.score(world, "elsewhere", mode="incremental", exclude_seen=False)
+    figures = thirty_days.score(world, "elsewhere", mode="incremental", seen="keep")
     assert figures["folded_events"] == figures["users_with_new_events"] == 0 and figures["skipped_parts"] == 0
-    thirty_days.score(world, "full-seen", max_history=0, exclude_seen=False)
+    thirty_days.score(world, "full-seen", max_history=0, seen="keep")
     assert_same(rows(thirty_days.folder / "elsewhere"), rows(thirty_days.folder / "full-seen"))
+
+
+@pytest.mark.parametrize("where", ["a page of states", "the footer", "a clock"])
+def test_damaged_states_are_made_again_and_said_so(thirty_days, world, capsys, where):
+    path = sorted(thirty_days.store.glob("states/*/*.parquet"))[1]
+    whole, last = path.read_bytes(), pq.read_metadata(path).num_row_groups - 1
+    page = pq.read_metadata(path).row_group(last).column(2 if where == "a clock" else 4)
+    end = page.data_page_offset + page.total_compressed_size
+    at = len(whole) - 200 if where == "the footer" else end - 4
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    figures = thirty_days.score(world, f"after {where}", mode="incremental")
+    assert figures["remade_buckets"] == 1 and 0 < figures["folded_events"] < figures["store_events"]
+    said = [line for line in capsys.readouterr().err.splitlines() if "encoded again" in line]
+    assert len(said) == 1 and str(path) in said[0]
+    assert_same(rows(thirty_days.folder / f"after {where}"), rows(thirty_days.folder / "daily"))
+    StateFile(open_location(path)).verify()
 
 
 def test_two_ranks_and_a_first_encoding_in_windows(thirty_days, world):

@@ -12,6 +12,7 @@ import pytest
 
 from elastic_rec.feature_store.store import Store
 
+FEW_STEPS = ["optim.max_steps=8", "data.seen=exclude"]
 SAMPLED = ["loss.softmax=sampled", "loss.num_negatives=16"]  # the one whole run through the sampled softmax
 
 
@@ -20,7 +21,7 @@ def job(tmp_path_factory) -> tuple[Path, Path, Path]:
     """(store of 5 parts, a run trained on it for a few steps, its scores by 2 ranks: uneven)."""
     folder = tmp_path_factory.mktemp("score")
     store, run, scores = helpers.make_store(folder), folder / "run", folder / "scores"
-    helpers.run("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={run}", "optim.max_steps=8", *SAMPLED)
+    helpers.run("train", *helpers.SMALL_TRAIN, f"data.store={store}", f"run.dir={run}", *FEW_STEPS, *SAMPLED)
     figures = helpers.run("score", f"run={run}", f"out={scores}", "k=7", "batch_size=16", ranks=2)
     assert figures["users"] == 120 and figures["parts"] == 5
     return store, run, scores
@@ -44,19 +45,19 @@ def test_every_user_once_with_k_unseen_items_best_first(job):
         assert len(row["item_ids"]) == len(set(row["item_ids"])) == 7
         assert row["scores"] == sorted(row["scores"], reverse=True)
         assert not seen[row["user_id"]] & set(row["item_ids"])
-    assert json.loads((scores / "manifest.json").read_text())["users"] == 120
+    assert json.loads((scores / "_manifest.json").read_text())["users"] == 120
 
 
 def test_one_rank_gives_the_same_scores_and_a_rerun_skips_what_is_there(job, tmp_path):
     _, run, scores = job
     out = tmp_path / "scores"
     shutil.copytree(scores, out)
-    for name in ("part-00001.parquet", "part-00004.parquet", "manifest.json"):
+    for name in ("part-00001.parquet", "part-00004.parquet", "_manifest.json"):
         (out / name).unlink()
     (out / "part-00001.tmp").write_bytes(b"half a part")  # what kill -9 in the middle of a write leaves
     kept = (out / "part-00000.parquet").stat().st_mtime_ns
     figures = helpers.run("score", f"run={run}", f"out={out}", "k=7", "batch_size=50")
-    assert figures["skipped_parts"] == 3 and (out / "manifest.json").exists()
+    assert figures["skipped_parts"] == 3 and (out / "_manifest.json").exists()
     assert (out / "part-00000.parquet").stat().st_mtime_ns == kept
     for got, want in zip(rows(out), rows(scores), strict=True):
         assert got["user_id"] == want["user_id"] and got["item_ids"] == want["item_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import helpers
@@ -16,7 +17,10 @@ from test_ranking_task import RANKING
 
 from elastic_rec.feature_store.impressions.table import ImpressionTable
 from elastic_rec.feature_store.store import Store
+from elastic_rec.pipeline.errors import ConfigError
+from elastic_rec.pipeline.ranking_scoring import _plan
 from elastic_rec.pipeline.run_folder import load_model
+from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
 from elastic_rec.pipeline.world import start_world
 
@@ -96,9 +100,13 @@ def by_the_reader(run: Path) -> dict[tuple, list[float]]:
 
 
 def test_without_times_the_whole_history_counts_and_strangers_are_scored(run):
-    some = pa.table({"user_id": [3, 999, 3, 5], "item_id": [101, 101, 102, 77777]})
-    pq.write_table(some, run / "single.parquet")
-    figures = helpers.run("score", f"run={run}/run", f"candidates={run}/single.parquet", f"out={run}/single")
+    # A folder as Hive and warehouses write it: no suffixes, decimals, a part without rows.
+    some = pa.table({"user_id": [3.0, 999.0, 3.0, 5.0], "item_id": [Decimal(i) for i in (101, 101, 102, 77777)]})
+    (run / "lists/dt=1").mkdir(parents=True)
+    (run / "lists/_SUCCESS").touch()
+    pq.write_table(some, run / "lists/dt=1/000000_0")
+    pq.write_table(some.slice(0, 0), run / "lists/000001_0")
+    figures = helpers.run("score", f"run={run}/run", f"candidates={run}/lists", f"out={run}/single")
     scored = read(run / "single")
     assert scored["item_id"].to_pylist() == [101, 101, 102, 77777] and scored.schema.field("click").type == pa.float32()
     assert figures["unknown_candidates"] == 1 and figures["rows_without_history"] == 1
@@ -115,6 +123,11 @@ def test_mistakes_are_named(run):
     assert code == 2 and "trained with task=ranking" in text
     code, text = helpers.fail("score", *base, f"candidates={run}/items.parquet")
     assert code == 2 and "no column 'user_id'" in text
+    for candidates, match in ((run / "none", "no file matches"), (run / "mixed", r"b\.csv: is named csv")):
+        (run / "mixed").mkdir(exist_ok=True)
+        (run / "mixed/b.csv").write_text("user_id,item_id\n1,2\n")
+        with pytest.raises(ConfigError, match=f"candidates: .*{match}"):
+            _plan(None, ScoreConfig(run="r", out="o", candidates=str(candidates)))
     pq.write_table(pa.table({"user_id": ["a"], "item_id": [101]}), run / "strings.parquet")
     code, text = helpers.fail("score", *base, f"candidates={run}/strings.parquet")
     assert code == 2 and "not of the store's type" in text

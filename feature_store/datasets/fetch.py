@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -41,6 +42,7 @@ def copy_checked(stream: BinaryIO, target: Path, *, algorithm: str, expected: st
 
 def download(url: str, target: Path, *, md5: str) -> None:
     """Downloads `url` to `target`. Raises DataError when it cannot be reached, breaks off, or is not the known file."""
+    refuse_credentials(url)
     try:
         with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as response:
             copy_checked(response, target, algorithm="md5", expected=md5, name=url)

@@ -15,18 +15,17 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_rec.feature_store.atomic_write import make_folder, sync, sync_tree, write_json
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.scratch import scratch_folder
 
 MARKER = "complete.json"
 FORMAT = 1  # raise it when the converted files change, so that older caches are made anew
-STALE_AFTER_S = 24 * 3600.0  # old enough that no running neighbour loses its files
 EVENTS = "events.parquet"
 OPTIONAL = {"items": "items.parquet", "users": "users.parquet", "bayes": "bayes.json"}
 OURS = {MARKER, EVENTS, *OPTIONAL.values()}
@@ -78,23 +77,23 @@ def open_folder(folder: Path, *, key: dict) -> EventFiles | None:
 def commit_folder(folder: Path, *, name: str, key: dict) -> Iterator[tuple[Path, dict]]:
     """Gives (an empty folder to write in, a dict to fill with source and num_events); on a clean exit the folder
     becomes `folder`, on an error nothing is left. Refuses to replace a folder that we did not write."""
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - OURS):
         raise DataError(f"{folder}: is there already and holds other things than a data set; choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.tmp-*"):  # what a killed run left
-            if time.time() - left.stat().st_mtime > STALE_AFTER_S:
-                shutil.rmtree(left, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-    except OSError as error:
-        raise DataError(f"{folder.parent}: cannot be written ({error}); set another cache_dir or out_dir") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            make_folder(folder.parent)
+            aside = stack.enter_context(scratch_folder(folder.parent, prefix=f".{folder.name}.tmp-"))
+        except OSError as error:
+            raise DataError(
+                f"{folder.parent}: cannot be written ({error}); set another cache_dir or out_dir"
+            ) from error
         figures: dict = {}
         yield aside, figures
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(aside.iterdir())}
         marker = {"format": FORMAT, "name": name, "key": key, **figures, "files": files}
-        (aside / MARKER).write_text(json.dumps(marker, indent=1))
+        sync_tree(aside)
+        write_json(aside / MARKER, marker)
         aside.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -103,8 +102,7 @@ def commit_folder(folder: Path, *, name: str, key: dict) -> Iterator[tuple[Path,
             # Another process committed the same data set between the two lines above; its copy is as good as ours.
             if open_folder(folder, key=key) is None:
                 raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        sync(folder.parent)
 
 
 def default_cache_dir() -> Path:

@@ -52,6 +52,8 @@ class Impressions:
         max_history events strictly before the impression.
     times_s, rows: (I,) int64; rows count through the impressions table, -1 for padding (an impression without
         candidates, so that a rank without impressions still takes part).
+    owners: (I,) int64, a number of each user, also of one without a history: the row of their first impression in the
+        table. owner_candidates: (I,) int64, candidates of that user in the whole stage: so many, and they are complete.
     candidate_offsets: (I+1,) int64. candidates: (C,) int64 item indices.
     labels: (C, L) float32, NaN where there is no label.
     context: name -> Bags of I. item_context: name -> Bags of C.
@@ -64,6 +66,8 @@ class Impressions:
     ends: np.ndarray
     times_s: np.ndarray
     rows: np.ndarray
+    owners: np.ndarray
+    owner_candidates: np.ndarray
     candidate_offsets: np.ndarray
     candidates: np.ndarray
     labels: np.ndarray
@@ -86,6 +90,7 @@ class ImpressionBatch(Pipelineable):
     context: KeyedJaggedTensor of the context columns, stride I; None where there are none.
     item_context: KeyedJaggedTensor of the items' attributes, stride C; None where there are none.
     rows: (B,) int64 user row in the store, -1: no history or padding. impression_rows: (I,) int64, -1 for padding.
+    owners, owner_candidates: (I,) int64, as in Impressions.
     """
 
     features: KeyedJaggedTensor
@@ -103,6 +108,8 @@ class ImpressionBatch(Pipelineable):
     item_context: KeyedJaggedTensor | None
     rows: torch.Tensor
     impression_rows: torch.Tensor
+    owners: torch.Tensor
+    owner_candidates: torch.Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> ImpressionBatch:
         return self._each(lambda part: part.to(device=device, non_blocking=non_blocking))
@@ -147,6 +154,8 @@ def make_impression_batch(impressions: Impressions) -> ImpressionBatch:
         item_context=_keyed_bags(impressions.item_context),
         rows=torch.from_numpy(histories.rows),
         impression_rows=torch.from_numpy(impressions.rows),
+        owners=torch.from_numpy(impressions.owners),
+        owner_candidates=torch.from_numpy(impressions.owner_candidates),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from elastic_rec.feature_store.ingest import TimeUnit
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.times import parse_time_s
 
+_SHARE = re.compile(r"(\d+)%")
 STAGES = ("train", "valid", "test")
 # Columns of the table itself, and keys that batches add.
 RESERVED_NAMES = frozenset({"user_id", "timestamp", "candidates", "item", "bucket", "gap", "candidate", "seq"})
@@ -34,8 +36,13 @@ class ImpressionConfig:
     label_columns: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Input columns with labels: lists as long as the candidates', or one number; null: no label."
+            "help": "Input columns with labels from 0 to 1, or true and false: lists as long as the candidates', or "
+            "one value; null: no label."
         },
+    )
+    label_thresholds: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "For labels on another scale, {stars: 4}: 1 where the value is at least that, else 0."},
     )
     context_columns: list[str] = field(
         default_factory=list,
@@ -56,6 +63,13 @@ class ImpressionConfig:
         self.timestamp_unit = TimeUnit(self.timestamp_unit)
         if self.input and not self.label_columns:
             raise ValueError("impressions.label_columns is empty: name the columns that say what came of an impression")
+        wrong = [name for name, lowest in self.label_thresholds.items()
+                 if name not in self.label_columns or not math.isfinite(lowest)]  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"impressions.label_thresholds: {wrong[0]!r} is not in label_columns={self.label_columns}, or its "
+                "threshold is no finite number"
+            )
         names = [*self.label_columns, *self.context_columns, *self.item_context_columns]
         for name in names:
             if name.lower() in RESERVED_NAMES or not name.replace("_", "a").isalnum():
@@ -85,18 +99,26 @@ class ImpressionSplit:
     )
     test_time: str = field(default="90%", metadata={"help": "First moment of the test period, as valid_time."})
 
+    def __post_init__(self) -> None:
+        for key in ("valid_time", "test_time"):
+            if not _SHARE.fullmatch(str(getattr(self, key))):
+                parse_time_s(getattr(self, key), key=key)
+
     def range(self, stage: str, *, percentiles: list[int], time_unit: str) -> TimeRange:
         """percentiles: times of the impressions at 0, 1, ..., 100 %. Raises ValueError for times that make no split."""
-        valid = _moment(self.valid_time, percentiles, time_unit)
-        test = _moment(self.test_time, percentiles, time_unit)
+        valid = _moment(self.valid_time, "valid_time", percentiles, time_unit)
+        test = _moment(self.test_time, "test_time", percentiles, time_unit)
         if not valid < test:
-            raise ValueError(f"valid_time={self.valid_time} must be before test_time={self.test_time}")
+            raise ValueError(
+                f"valid_time={self.valid_time} ({valid} {time_unit}) must be before test_time={self.test_time} "
+                f"({test} {time_unit}); set two moments between which there are impressions"
+            )
         return {"train": TimeRange(None, valid), "valid": TimeRange(valid, test), "test": TimeRange(test, None)}[stage]
 
 
-def _moment(text: str, percentiles: list[int], time_unit: str) -> int:
-    if share := re.fullmatch(r"(\d+)%", str(text)):
+def _moment(text: str, key: str, percentiles: list[int], time_unit: str) -> int:
+    if share := _SHARE.fullmatch(str(text)):
         if not 0 < int(share[1]) < 100:
-            raise ValueError(f"time '{text}': give more than 0% and less than 100%")
+            raise ValueError(f"{key} '{text}': give more than 0% and less than 100%")
         return percentiles[int(share[1])]
-    return parse_time_s(text) * UNITS_PER_SECOND[time_unit]
+    return parse_time_s(text, key=key) * UNITS_PER_SECOND[time_unit]

@@ -12,7 +12,6 @@ histories decodes the impressions of its users and no others.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,15 @@ import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.cutter import BUCKET
 from elastic_rec.feature_store.filesystem import Location, open_location
-from elastic_rec.feature_store.generations import scratch_folder, writing
+from elastic_rec.feature_store.generations import append_folder, writing
 from elastic_rec.feature_store.impressions import cutter
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.impressions.engine import ImpressionEngine
 from elastic_rec.feature_store.impressions.items import item_attributes
 from elastic_rec.feature_store.impressions.manifest import FOLDER, ids_digest, write_manifest
-from elastic_rec.feature_store.manifest import MANIFEST, describe_file, put_in_place
-from elastic_rec.feature_store.sources import find_inputs
+from elastic_rec.feature_store.inputs import check_entries, find_inputs
+from elastic_rec.feature_store.manifest import describe_data_file, describe_file, named_files, put_in_place
+from elastic_rec.feature_store.own_files import data_files
 from elastic_rec.feature_store.store import Store, first_users
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 
@@ -38,9 +38,9 @@ def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str 
     bad input leaves everything as it was."""
     began = time.perf_counter()
     paths, _ = find_inputs(config.input, format="parquet")
-    with writing(out) as root, scratch_folder(root) as work:
+    with writing(out) as root, append_folder(root) as work:
         content = _build(config, paths, Store.open(root), work, memory_limit, threads)
-        _publish(content, work, root / FOLDER)
+        _publish(content, work, root)
     seconds = time.perf_counter() - began
     num_unknown = content["num_unknown_candidates"]
     return {
@@ -49,7 +49,7 @@ def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str 
         "unknown_candidates": num_unknown,
         "labels": content["labels"],
         "context": [*content["context"], *content["item_context"]],
-        "bytes": sum(entry["bytes"] for entry in _entries(content)),
+        "bytes": sum(entry["bytes"] for entry in named_files(content)),
         "seconds": round(seconds, 3),
         "impressions_per_s": round(content["num_impressions"] / seconds),
     }
@@ -69,6 +69,9 @@ def _build(
             source[-1]["impressions"] = engine.load(path, local)
             if not path.is_local:
                 local.unlink()
+        named = zip(paths, source, strict=True)
+        check_entries([{**entry, "path": path, "events": entry["impressions"]} for path, entry in named])
+        engine.check_labels()
         vocabularies = {name: engine.vocabulary(name) for name in config.context_columns}
         encode = Encoder(config, items, vocabularies, user_type=store.manifest["vocabularies"]["user"]["type"])
         files = _write(config, engine.sorted_batches(), encode, store, work)
@@ -156,25 +159,18 @@ def _write(
 
 def _describe(work: Path, entry: dict) -> dict:
     counts = np.array(entry["row_groups"]).sum(axis=0).tolist()
-    return {**entry, **describe_file(work, entry["path"]), "num_impressions": counts[0], "num_candidates": counts[1]}
+    described = describe_data_file(work, entry["path"])
+    return {**entry, **described, "num_impressions": counts[0], "num_candidates": counts[1]}
 
 
-def _entries(content: dict) -> Iterator[dict]:
-    yield from content["files"]
-    yield from content["vocabularies"].values()
-    if content["items"]:
-        yield content["items"]
-
-
-def _publish(content: dict, work: Path, folder: Location) -> None:
-    """Moves finished files into `folder` under names made of their digests; the manifest makes them the table."""
-    if folder.is_local:
-        Path(folder).mkdir(exist_ok=True)
-    entries = list(_entries(content))
+def _publish(content: dict, work: Path, root: Location) -> None:
+    """Moves finished files into the store under names made of their digests; the manifest makes them its impressions,
+    and the files of those before are deleted."""
+    folder, entries = root / FOLDER, named_files(content)
     for entry, moved in zip(entries, put_in_place(entries, work, folder), strict=True):
         entry["path"] = moved["path"]
     write_manifest(folder, content)
-    named = {MANIFEST, *(entry["path"] for entry in entries)}
-    for file in folder.files():
+    named = {entry["path"] for entry in entries}
+    for file in data_files(root, folder=FOLDER):
         if file.below(folder) not in named:
             file.delete()

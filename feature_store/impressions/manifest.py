@@ -7,13 +7,15 @@ import json
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
-from elastic_rec.feature_store.manifest import MANIFEST, content_hash
+from elastic_rec.feature_store.manifest import MANIFEST, check_sizes, content_hash, named_files
+from elastic_rec.feature_store.manifest_checks import check_impressions
+from elastic_rec.feature_store.own_files import IMPRESSIONS as FOLDER
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import FIRST, Vocabulary
 
-FOLDER = "impressions"
 FORMAT = "elastic-rec-impressions"
 VERSION = 1
+_REMEDY = "ingest the impressions again (mode=impressions)"
 _BLOCK = 1 << 20
 
 
@@ -25,35 +27,37 @@ def write_manifest(folder: Location, content: dict) -> None:
 
 def read_manifest(store: Store) -> dict:
     """Reads and checks the manifest of a store's impressions, the files it names, and that it fits the store."""
-    path = store.path / FOLDER / MANIFEST
-    remedy = "ingest the impressions again (mode=impressions)"
-    if not path.is_file():
-        raise DataError(f"{store.path}: has no impressions; {remedy}")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not readable as JSON ({error}); {remedy}") from error
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise DataError(f"{path}: not a manifest of impressions, version {VERSION}; {remedy}")
-    if manifest["hash"] != content_hash(manifest):
-        raise DataError(f"{path}: its hash does not match its content; {remedy}")
-    entries = [*manifest["files"], *manifest["vocabularies"].values(), *filter(None, [manifest["items"]])]
-    for entry, size in zip(entries, path.parent.sizes([entry["path"] for entry in entries]), strict=True):
-        if size != entry["bytes"]:
-            file = path.parent / entry["path"]
-            raise DataError(f"{file}: missing or not of {entry['bytes']} bytes, as its manifest says; {remedy}")
-    _check_fits(manifest, store, remedy)
+    manifest = load_manifest(store.path)
+    check_sizes(store.path / FOLDER, named_files(manifest))
+    _check_fits(manifest, store)
     return manifest
 
 
-def _check_fits(manifest: dict, store: Store, remedy: str) -> None:
+def load_manifest(root: Location) -> dict:
+    """The manifest of the impressions of the store at `root`, whether or not its files are there."""
+    path = root / FOLDER / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{root}: has no impressions; {_REMEDY}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); {_REMEDY}") from error
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path}: not a manifest of impressions, version {VERSION}; {_REMEDY}")
+    if manifest.get("hash") != content_hash(manifest):
+        raise DataError(f"{path}: its hash does not match its content; {_REMEDY}")
+    check_impressions(manifest, str(path))
+    return manifest
+
+
+def _check_fits(manifest: dict, store: Store) -> None:
     """Appends keep buckets and item indices, so a table outlives them; a store made anew is another store."""
     if manifest["store"] == store.manifest["hash"]:
         return
     items, written = store.vocabulary("item"), manifest["item_ids"]
     same = items.size >= written["size"] and ids_digest(items, written["size"]) == written["sha256"]
     if not same or manifest["num_buckets"] != store.manifest["num_buckets"]:
-        raise DataError(f"{store.path}: its impressions were written with other item ids or buckets; {remedy}")
+        raise DataError(f"{store.path}: its impressions were written with other item ids or buckets; {_REMEDY}")
 
 
 def ids_digest(vocabulary: Vocabulary, size: int) -> str:

@@ -83,7 +83,7 @@ class ImpressionReader:
         self._num_visits_G = np.array([group.num_visits for group in self.groups], np.int64)
         self.num_visits = int(self._num_visits_G.sum())
         if not self.num_visits:
-            raise DataError(f"{store.path}: no impressions in stage {stage} ({self.range}); set other split times")
+            raise DataError(f"{store.path}: no impressions in stage {stage}: {self._stages(split)}")
 
     @property
     def num_batches(self) -> int:
@@ -153,6 +153,22 @@ class ImpressionReader:
         if len(visits.user) != num_visits:
             raise DataError(f"{self.table.path}: file {file} was changed while it was read; ingest impressions again")
         return visits, drawn_order(visits.keys, **order)
+
+    def _stages(self, split: ImpressionSplit) -> str:
+        """How many impressions each stage has, when they were, and what to set."""
+        table, unit = self.table, self.table.store.time_unit
+        counts = dict.fromkeys(STAGES, 0)
+        for file in range(len(table.manifest["files"])):
+            _, times = table.users_and_times(file)
+            for name in STAGES:
+                moments = split.range(name, percentiles=table.percentiles, time_unit=unit)
+                counts[name] += int(in_range(times, moments).sum())
+        each = ", ".join(f"{name} {count}" for name, count in counts.items())
+        first, last = (np.datetime64(table.percentiles[at] // self.decoder.units_per_second, "s") for at in (0, -1))
+        return (
+            f"{each} of {table.num_rows}, which were shown from {first} to {last} (UTC); set "
+            f"data.impression_split.valid_time={split.valid_time} and test_time={split.test_time} to moments in between"
+        )
 
     def _count_visits(self, store: Store) -> list[GroupRows]:
         """Scans users and times of the impressions, a file at a time."""

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.impressions.batch import Bags
 from elastic_rec.feature_store.impressions.cutter import flat_list
 from elastic_rec.feature_store.impressions.manifest import FOLDER, read_manifest
@@ -50,7 +51,7 @@ class ImpressionTable:
         self.percentiles: list[int] = self.manifest["time_percentiles"]
         counts = [entry["num_impressions"] for entry in self.manifest["files"]]
         self.first_rows = offsets_of(np.array(counts, np.int64))
-        self._open = lru_cache(maxsize=_OPEN_FILES)(open_data_file)
+        self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_file)
 
     def vocabulary(self, column: str) -> Vocabulary:
         """Of a context column of impressions or items."""
@@ -78,20 +79,17 @@ class ImpressionTable:
         }
 
     def users_and_times(self, file: int) -> tuple[pa.Array, np.ndarray]:
-        path = self.path / self.manifest["files"][file]["path"]
         groups = list(range(len(self.manifest["files"][file]["row_groups"])))
-        table = read_row_groups(self._open(path), groups, [USER, "timestamp"], path)
+        table = self.read_groups(file, groups, [USER, "timestamp"])
         return table[USER].combine_chunks(), table["timestamp"].to_numpy()
 
     def read(self, file: int, begin: int, end: int) -> Rows:
         """Rows [begin, end) of a file; decodes the row groups they lie in."""
-        entry = self.manifest["files"][file]
-        path = self.path / entry["path"]
-        edges = offsets_of(np.array([rows for rows, _ in entry["row_groups"]]))
+        edges = offsets_of(np.array([rows for rows, _ in self.manifest["files"][file]["row_groups"]]))
         first = int(np.searchsorted(edges, begin, side="right")) - 1
         last = int(np.searchsorted(edges, end, side="left"))
         columns = [USER, "timestamp", "candidates", *self.context]
-        table = read_row_groups(self._open(path), list(range(first, last)), columns, path)
+        table = self.read_groups(file, list(range(first, last)), columns)
         table = table.slice(begin - edges[first], end - begin)
         lengths, structs = flat_list(table["candidates"])
         labels = [structs.field(name).to_numpy(zero_copy_only=False) for name in self.labels]
@@ -103,6 +101,25 @@ class ImpressionTable:
             labels=np.stack(labels, axis=1).astype(np.float32),
             context={name: _bags(table[name]) for name in self.context},
         )
+
+    def read_groups(self, file: int, groups: list[int], columns: list[str]) -> pa.Table:
+        """Columns of row groups of a file; DataError where they do not hold what the manifest says."""
+        entry = self.manifest["files"][file]
+        path = self.path / entry["path"]
+        table = read_row_groups(self._open(file), groups, columns, path)
+        if "candidates" in table.column_names:
+            expected = sum(entry["row_groups"][group][1] for group in groups)
+            found = sum(len(chunk.flatten()) for chunk in table["candidates"].chunks)
+            if found != expected:
+                raise DataError(
+                    f"{path}: row groups {groups} have {found} candidates, the manifest says {expected}; changed, "
+                    "ingest the impressions again"
+                )
+        return table
+
+    def _open_file(self, file: int) -> pq.ParquetFile:
+        entry = self.manifest["files"][file]
+        return open_data_file(self.path / entry["path"], entry.get("footer"))
 
 
 def _bags(column: pa.ChunkedArray) -> Bags:

@@ -40,7 +40,8 @@ def visits_per_user(starts: np.ndarray, chosen: np.ndarray, per_visit: int) -> n
 class GroupVisits:
     """V visits of one row group. users: its decoded users. rows: its impressions as stored. user: (V,) number in
     `users`, -1 without a history. edges: (V+1,), visit v has impressions picked[edges[v] : edges[v+1]] (numbers in
-    `rows`). starts, ends: spans of the users' T axis for each of `picked`."""
+    `rows`). starts, ends: spans of the users' T axis for each of `picked`. owners, owner_candidates: of `picked`, see
+    Impressions."""
 
     users: Users
     rows: Rows
@@ -49,6 +50,8 @@ class GroupVisits:
     picked: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    owners: np.ndarray
+    owner_candidates: np.ndarray
 
     @property
     def keys(self) -> np.ndarray:
@@ -86,7 +89,9 @@ def make_visits(
     ends = count_before(users, user_R[run], rows.times[picked])
     begins = np.where(user_R[run] >= 0, users.offsets[user_R[run]], 0)
     starts = np.maximum(begins, ends - max_history)
-    return GroupVisits(users, rows, user_R[run[edges[:-1]]], edges, picked, starts, ends)
+    owners = rows.first_row + starts_R[run]
+    candidates_R = np.bincount(run, np.diff(rows.candidates.offsets)[picked], len(starts_R)).astype(np.int64)
+    return GroupVisits(users, rows, user_R[run[edges[:-1]]], edges, picked, starts, ends, owners, candidates_R[run])
 
 
 def count_before(users: Users, user: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -132,6 +137,8 @@ def take_visits(
         ends=ends,
         times_s=group.rows.times[picked] // units_per_second,
         rows=group.rows.first_row + picked,
+        owners=group.owners[index],
+        owner_candidates=group.owner_candidates[index],
         candidate_offsets=candidates.offsets,
         candidates=candidates.values,
         labels=group.rows.labels[places],
@@ -164,6 +171,8 @@ def concat_impressions(parts: list[Impressions]) -> Impressions:
         ends=shifted("ends", events),
         times_s=joint("times_s"),
         rows=joint("rows"),
+        owners=joint("owners"),
+        owner_candidates=joint("owner_candidates"),
         candidate_offsets=offsets_of(np.concatenate([np.diff(part.candidate_offsets) for part in parts])),
         candidates=joint("candidates"),
         labels=joint("labels"),
@@ -182,6 +191,8 @@ def no_impressions(columns: list[str], *, num_labels: int, context: list[str], i
         ends=zero.copy(),
         times_s=zero.copy(),
         rows=np.full(1, -1, np.int64),
+        owners=np.full(1, -1, np.int64),
+        owner_candidates=zero.copy(),
         candidate_offsets=np.zeros(2, np.int64),
         candidates=empty,
         labels=np.zeros((0, num_labels), np.float32),

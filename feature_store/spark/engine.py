@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +27,9 @@ from elastic_rec.feature_store.checks import SEQ, ChecksConfig, Policy, duplicat
 from elastic_rec.feature_store.cutter import BUCKET
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.inputs import check_entries
 from elastic_rec.feature_store.schema import ARROW_TYPES, EVENT_ID, TIMESTAMP, USER
+from elastic_rec.feature_store.scratch import scratch_folder
 from elastic_rec.feature_store.sources import open_source
 from elastic_rec.feature_store.spark.session import open_session
 from elastic_rec.feature_store.spark.tasks import (
@@ -44,6 +44,7 @@ from elastic_rec.feature_store.spark.tasks import (
     write_buckets,
 )
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
+from elastic_rec.feature_store.times import iso_time
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
 TYPES = {"int64": LongType(), "string": StringType()}
@@ -61,7 +62,7 @@ class SparkEngine:
         self._roles, self._unit = roles, unit
         self._memory_limit, self._threads = memory_limit, threads
         # "One day from now" must be one moment, whenever and how often a task runs.
-        self._checks = replace(checks, future_after=str(checks.future_after_s()))
+        self._checks = replace(checks, future_after=iso_time(checks.future_after_s()))
         self._indexed = [role for role in roles if role not in ("timestamp", "event_id")]
         self._staged: list[DataFrame] = []
         self._numbers: dict[str, DataFrame] = {}
@@ -85,10 +86,9 @@ class SparkEngine:
 
     def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
         """Reads all files, each in a task of its own; entries as DuckEngine.load_inputs gives them."""
-        with tempfile.TemporaryDirectory(prefix="elastic-rec-") as folder:
-            first = open_source(paths[0], paths[0].fetch(Path(folder)), format=format, columns=columns)
+        first, kinds = self._first_kinds(paths, format, columns)
         self._raw_types = {
-            role: "int64" if role == "timestamp" or first.kinds[role] == "int64" else "string" for role in self._roles
+            role: "int64" if role == "timestamp" or kinds[role] == "int64" else "string" for role in self._roles
         }
         self._is_typed = format == "parquet"
         fields = [(SEQ, "int64"), *self._raw_types.items(), (ABOUT, "string")]
@@ -96,7 +96,8 @@ class SparkEngine:
             files=[(path.url, os.path.abspath(path) if path.is_local else path.url) for path in paths],
             format=format,
             columns=columns,
-            kinds=first.kinds,
+            first=first,
+            kinds=kinds,
             schema=pa.schema([(name, ARROW_TYPES[type]) for name, type in fields]),
             unit=self._unit,
             memory_limit=self._memory_limit,
@@ -114,12 +115,23 @@ class SparkEngine:
         for answer in about:
             self._found.update(answer[FOUND])
         entries = [answer[FILE] for answer in about]
+        check_entries(entries)
         self._first_rows = np.cumsum([0, *(entry["events"] for entry in entries)])[:-1]
         return entries
 
+    def _first_kinds(self, paths: list[Location], format: str, columns: dict[str, str]) -> tuple[str, dict[str, str]]:
+        """(name, kinds of columns) of the first file that has rows; all text is of one kind."""
+        if format == "parquet":
+            for path in paths:
+                with scratch_folder() as work:
+                    source = open_source(path, path.fetch(work), format=format, columns=columns, work=work)
+                if not source.is_empty:
+                    return str(path), source.kinds
+        return str(paths[0]), dict.fromkeys(columns, "text")
+
     def clean(self) -> dict[str, int]:
         """As DuckEngine.clean; what single rows decide was done where they were read."""
-        found = {name: self._found[name] for name in ("null_ids", "bad_times", "future_times")}
+        found = dict(self._found)
         found["duplicates"] = self._duplicates()
         if self._checks.out_of_order is Policy.drop:
             before = Window.partitionBy("user").orderBy(SEQ).rowsBetween(Window.unboundedPreceding, -1)

@@ -10,7 +10,6 @@ has a JSON text in the column ABOUT, of what was done, or of the error.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from elastic_rec.feature_store.engine import DuckEngine
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.manifest import put_in_place
+from elastic_rec.feature_store.scratch import scratch_folder
 
 ABOUT = "about this"  # no input column can be called so
 FILE, STAGED, FOUND, ERROR = "file", "staged", "found", "error"
@@ -34,11 +34,12 @@ _ROW_MASK = (1 << ROW_BITS) - 1
 @dataclass(frozen=True)
 class ReadJob:
     """files: the input as (name for messages, URL that all machines understand); columns: role -> input column; kinds:
-    those of the first file (sources.py)."""
+    those of `first`, the first file with rows (sources.py)."""
 
     files: list[tuple[str, str]]
     format: str
     columns: dict[str, str]
+    first: str
     kinds: dict[str, str]
     schema: pa.Schema
     unit: str
@@ -76,9 +77,9 @@ def read_files(numbers: Iterable[pa.RecordBatch], job: ReadJob) -> Iterator[pa.R
 
 def _read_file(number: int, job: ReadJob) -> Iterator[pa.RecordBatch]:
     with (
-        tempfile.TemporaryDirectory(prefix="elastic-rec-") as work,
+        scratch_folder() as work,
         DuckEngine(
-            work=Path(work),
+            work=work,
             roles=list(job.columns),
             unit=job.unit,
             memory_limit=job.memory_limit,
@@ -86,7 +87,7 @@ def _read_file(number: int, job: ReadJob) -> Iterator[pa.RecordBatch]:
             checks=job.checks,
         ) as engine,
     ):
-        engine.expect_kinds(job.kinds, first=job.files[0][0])
+        engine.expect_kinds(job.kinds, first=job.first)
         name, url = job.files[number]
         entry = engine.load_input(replace(open_location(url), url=name), format=job.format, columns=job.columns)
         about = {FILE: entry, FOUND: engine.drop_bad_rows(), STAGED: engine.num_staged()}
@@ -104,29 +105,19 @@ def write_buckets(batches: Iterable[pa.RecordBatch], job: WriteJob) -> Iterator[
     Run twice (a retry, speculation) it puts the same bytes under the same names.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="elastic-rec-", dir=job.scratch) as folder:
+        with scratch_folder(job.scratch and Path(job.scratch)) as folder:
             files, found = write_sorted(
                 (_with_dense_seq(batch, job.first_rows) for batch in batches),
-                root=Path(folder),
+                root=folder,
                 schema=job.schema,
                 row_group_events=job.row_group_events,
                 checks=job.checks,
                 unit=job.unit,
             )
-            about = {FILE: _deliver(files, Path(folder), job.target), FOUND: found}
+            about = {FILE: put_in_place(files, folder, open_location(job.target)), FOUND: found}
     except DataError as error:
         about = {ERROR: str(error)}
     yield _about(about, pa.schema([pa.field(ABOUT, pa.string())]))
-
-
-def _deliver(files: list[dict], folder: Path, url: str) -> list[dict]:
-    """On a disk each file gets the place that an ingest on one machine gives it; object stores have no such moves."""
-    target = open_location(url)
-    if not target.is_local:
-        return put_in_place(files, folder, target)
-    for entry in files:
-        (target / entry["path"]).receive(folder / entry["path"])
-    return files
 
 
 def _with_dense_seq(batch: pa.RecordBatch, first_rows: np.ndarray) -> pa.RecordBatch:

@@ -63,15 +63,21 @@ class Candidates(nn.Module):
 
 
 class Together(nn.Module):
-    """All that is known of a candidate, one row each: forward -> (C, X)."""
+    """All that is known of a candidate, one row each: forward -> (C, X).
+
+    context, item_context: names of columns. Looked-up bags are taken by name: a sharded EmbeddingBagCollection returns
+    its keys in the order of the ranks that hold their tables, so a column's position depends on the number of ranks.
+    """
+
+    def __init__(self, context: list[str], item_context: list[str]):
+        super().__init__()
+        self.context, self.item_context = context, item_context
 
     def forward(self, candidates_CD, history_CFD, gap_C1D, context, item_context, batch) -> torch.Tensor:
-        C, D = candidates_CD.shape
+        C = candidates_CD.shape[0]
         parts = [candidates_CD[:, None], history_CFD, candidates_CD[:, None] * history_CFD, gap_C1D]
-        if context is not None:
-            parts.append(context.values().view(-1, len(context.keys()), D).index_select(0, batch.impression))
-        if item_context is not None:
-            parts.append(item_context.values().view(C + 1, -1, D)[:C])
+        parts += [context[name].index_select(0, batch.impression)[:, None] for name in self.context]
+        parts += [item_context[name][:C, None] for name in self.item_context]
         return torch.cat(parts, dim=1).flatten(1)
 
 
@@ -106,11 +112,12 @@ class LabelHeads(nn.Module):
 class Heads(nn.Module):
     """forward(what Together takes) -> logits (S, C, L): a head for each view of what the reader read.
 
-    num_others: vectors per candidate beside those and their products."""
+    together: what each head's row is made of, beside its view the same for all."""
 
-    def __init__(self, config: RankingConfig, views: list[slice], num_others: int, width: int, num_labels: int):
+    def __init__(self, config: RankingConfig, views: list[slice], together: Together, width: int, num_labels: int):
         super().__init__()
-        self.views, self.together = views, Together()
+        self.views, self.together = views, together
+        num_others = 1 + 1 + len(together.context) + len(together.item_context)  # the candidate, the gap
         sizes = [num_others + 2 * (view.stop - view.start) for view in views]
         self.heads = nn.ModuleList(LabelHeads(config, size * width, num_labels) for size in sizes)
 
@@ -217,7 +224,8 @@ class RankingModel(nn.Module):
         self.candidates = Candidates(width)
         self.history, views = build_history(ranking, tower, memory, max_history=max_history, device=device)
         self.gap = QueryGap(width)
-        self.heads = Heads(ranking, views, 1 + 1 + len(context) + len(item_context), width, num_labels)
+        together = Together([table.name for table in context], [table.name for table in item_context])
+        self.heads = Heads(ranking, views, together, width, num_labels)
         self.loss = RankingLoss(ranking, num_labels)
         self.autocast = autocast
 

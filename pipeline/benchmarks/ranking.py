@@ -18,7 +18,7 @@ import torch
 from elastic_rec.models.elastic.config import Attention
 from elastic_rec.models.elastic.state import UserState
 from elastic_rec.models.heads.histories import CAUSAL_VIEWS, CausalHistory
-from elastic_rec.models.heads.ranking import Heads
+from elastic_rec.models.heads.ranking import Heads, Together
 from elastic_rec.models.heads.ranking_config import RankingConfig
 from elastic_rec.models.heads.target_attention import EventReader
 from elastic_rec.pipeline.allocator import keep_freed_memory
@@ -62,7 +62,7 @@ def measure(config: BenchmarkConfig, *, say: Callable[[str], None]) -> list[Cell
     torch.manual_seed(config.seed)
     history = CausalHistory(config.model, config.memory).eval()
     din = EventReader(width, last_n=suite.events).eval()
-    heads = Heads(RankingConfig(), CAUSAL_VIEWS, num_others=2, width=width, num_labels=1).eval()
+    heads = Heads(RankingConfig(), CAUSAL_VIEWS, Together([], []), width=width, num_labels=1).eval()
     calls: dict[tuple[str, int, int], list[Callable[[], object]]] = {}
     for candidates in suite.candidates:
         calls["tower", suite.events, candidates] = [_tower_call(config, history, candidates)] * CALLS

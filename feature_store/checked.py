@@ -1,0 +1,58 @@
+"""Files that are checked before they are believed: JSON that carries its own sha256, and sha256s of other files.
+
+{
+ "step": 420,
+ "sha256": "5f0a…"        of the file's bytes without this line
+}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from elastic_rec.feature_store.atomic_write import to_json, write_text
+from elastic_rec.feature_store.errors import DataError
+
+_KEY = ',\n "sha256": "'
+
+
+def write_checked(path: Path, value: dict[str, Any]) -> None:
+    """`value`, not empty and without a key "sha256", as `path`: whole or not at all."""
+    body = to_json(value, indent=1)
+    write_text(path, f'{body[:-2]}{_KEY}{_digest(body)}"\n}}\n')
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """The value. Raises DataError where the file is not as it was written, FileNotFoundError where there is none."""
+    text = path.read_bytes().decode(errors="replace")
+    body, _, tail = text.rpartition(_KEY)
+    body += "\n}"
+    if tail != f'{_digest(body)}"\n}}\n':
+        raise DataError(f"{path} is damaged: its content does not fit its sha256")
+    return json.loads(body)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file, as markers and manifests keep it."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def fault_in(folder: Path, files: dict[str, dict[str, Any]]) -> str:
+    """What is wrong with the first of `files` that is not as it was written; empty where nothing is."""
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != wanted["bytes"]:
+            return f"{path} is damaged: {path.stat().st_size} bytes, was written with {wanted['bytes']}"
+        if describe_file(path)["sha256"] != wanted["sha256"]:
+            return f"{path} is damaged: its content does not fit its sha256"
+    return ""
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()

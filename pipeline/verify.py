@@ -1,0 +1,82 @@
+"""Reads every byte of a store, a run's checkpoints or scores, and compares it with what was written.
+
+python pipeline/verify.py store=stores/ml1m
+python pipeline/verify.py store=stores/mine run=runs/mine scores=runs/mine/scores
+
+Exit code 0 and counts of whole files by kind; or 2, and a line on stderr for each broken file.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from elastic_rec.feature_store.checked import fault_in, read_checked
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.filesystem import open_location
+from elastic_rec.feature_store.verify import Findings, verify_store
+from elastic_rec.pipeline.data_schema import VerifyConfig
+from elastic_rec.pipeline.launch import verb
+
+CHECKPOINT, SCORES = "complete.json", "_manifest.json"
+
+
+@verb("verify", VerifyConfig)
+def main(config: VerifyConfig) -> dict:
+    began, findings = time.perf_counter(), Findings()
+    if config.store:
+        verify_store(open_location(config.store), findings)
+    if config.run:
+        verify_run(Path(config.run), findings)
+    if config.scores:
+        verify_scores(Path(config.scores), findings)
+    for line in findings.broken:
+        print(f"broken: {line}", file=sys.stderr, flush=True)
+    if findings.broken:
+        whole = sum(count for kind, count in findings.counts.items() if kind != "bytes")
+        raise DataError(f"{len(findings.broken)} files are broken (named above), {whole} are whole")
+    return {**findings.counts, "broken": 0, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def verify_run(run: Path, findings: Findings) -> None:
+    """Checks the marker and the files of every complete checkpoint; DataError where there is no run."""
+    if not (run / "checkpoints").is_dir():
+        raise DataError(f"{run}: not a run, it has no folder checkpoints")
+    for marker in sorted(run.glob(f"checkpoints/step-*/{CHECKPOINT}")):
+        files: dict[str, dict] = {}
+        with findings.about("checkpoints"):
+            files = _read(marker, "files")
+        _verify_files(marker.parent, files, "checkpoint_files", findings)
+
+
+def verify_scores(scores: Path, findings: Findings) -> None:
+    """Checks each part of a finished scoring, and that there are no others."""
+    parts: dict[str, dict] = {}
+    with findings.about("score_manifests"):
+        parts = {entry["path"]: entry for entry in _read(scores / SCORES, "parts")}
+    _verify_files(scores, parts, "score_parts", findings)
+    for path in sorted(scores.glob("part-*.parquet")):
+        if parts and path.name not in parts:
+            findings.broken.append(f"{path} is not named by {SCORES}")
+
+
+def _verify_files(folder: Path, files: dict[str, dict], kind: str, findings: Findings) -> None:
+    for name, entry in files.items():
+        with findings.about(kind):
+            fault = f"{folder} names files elsewhere: {name}" if Path(name).name != name else ""
+            if fault := fault or fault_in(folder, {name: entry}):
+                raise DataError(fault)
+            findings.counts["bytes"] += entry["bytes"]
+
+
+def _read(path: Path, key: str):
+    """What a checked JSON file says of other files."""
+    try:
+        return read_checked(path)[key]
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: the job has not ended, run it again") from error
+    except KeyError as error:
+        raise DataError(f"{path} has no {key}: written by an earlier version") from error
+
+
+if __name__ == "__main__":
+    main()
