@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from soak.jobs import Job, Jobs
-from soak.kills import difference, is_through
 from soak.kinds import Outcome, Result
 from soak.lab import Lab
 from soak.processes import Call
-from soak.trees import clear, fresh, tree
+from soak.recovery import recover
+from soak.trees import clear, fresh
 
 PAGE, PLENTY = 4096, 1 << 30
 
@@ -46,16 +46,8 @@ class FullDisk:
             how = "had room" if ended.is_good else f"refused: {ended.failure}"
             if ended.hung:
                 return Outcome(Result.lost, how, what, text=ended.text)
-            if not job.is_whole(now := tree(self.lab.trial), reference.before, reference.after):
-                return Outcome(Result.silent, f"{how}, torn in between", what, text=ended.text + "\n".join(now))
-            rerun = self.lab.processes.run(*job.again)
-            if not is_through(job, rerun):
-                return Outcome(Result.lost, f"rerun: {rerun.failure}", what, text=rerun.text)
-            if (result := job.result(self.lab.trial)) != reference.want:
-                return Outcome(Result.silent, "another result", what, text=difference(result, reference.want))
-        return Outcome(
-            Result.survived, how, what, rank=int("one line" not in how and how != "had room"), text=ended.text
-        )
+            is_plain = ended.is_good or ended.failure == "one line"
+            return recover(self.lab, job, reference, how=how, what=what, text=ended.text, rank=int(not is_plain))
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

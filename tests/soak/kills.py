@@ -9,6 +9,7 @@ from soak.jobs import Job, Jobs, Reference
 from soak.kinds import Outcome, Result
 from soak.lab import Lab
 from soak.processes import Ended, Strike
+from soak.recovery import is_through, recover
 from soak.trees import fresh, tree
 
 
@@ -31,16 +32,10 @@ class Kills:
             hows.append(how := self._how(job, ended))
             if how is None:
                 return Outcome(Result.lost, ended.failure, what, text=ended.text)
-            now = tree(self.lab.trial)
-            if not job.is_whole(now, reference.before, reference.after):
-                return Outcome(Result.silent, "torn in between", what, text="\n".join(now))
-        ended = self.lab.processes.run(*job.again)
-        if not is_through(job, ended):
-            return Outcome(Result.lost, f"rerun: {ended.failure}", what, text=ended.text)
-        if (result := job.result(self.lab.trial)) != reference.want:
-            return Outcome(Result.silent, "another result", what, text=difference(result, reference.want))
+            if not job.is_whole(tree(self.lab.trial), reference.before, reference.after):
+                return Outcome(Result.silent, "torn in between", what)
         how = next((how for how in hows if how != "finished before"), hows[0])
-        return Outcome(Result.survived, how, f"{what}; rerun took {ended.seconds:.1f} s", rank=ended.seconds)
+        return recover(self.lab, job, reference, how=how, what=what)
 
     def _strike(self, reference: Reference, draw: random.Random) -> Strike:
         rank = draw.randrange(len(reference.changes))
@@ -55,12 +50,3 @@ class Kills:
         if -self.signal in ended.codes:
             return "killed"
         return "one line, code 75" if set(ended.codes) == {75} else None
-
-
-def is_through(job: Job, ended: Ended) -> bool:
-    return ended.is_good or job.done in ended.text
-
-
-def difference(found: dict, want: dict) -> str:
-    keys = [key for key in sorted({*found, *want}) if found.get(key) != want.get(key)]
-    return "\n".join(f"{key}: {found.get(key)}, undisturbed {want.get(key)}" for key in keys[:20])

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from soak.jobs import Job, Jobs
-from soak.kills import difference, is_through
 from soak.kinds import Outcome, Result
 from soak.lab import Lab
 from soak.processes import Call
-from soak.trees import clear, fresh, tree
+from soak.recovery import recover
+from soak.trees import clear, fresh
 
 ENDED = "ended"
 
@@ -35,14 +35,7 @@ class PowerCuts:
         what = f"{job.name}, image {cut} of {len(images)}"
         if has_ended and job.result(trial) != reference.want:
             return Outcome(Result.silent, "lost after the job had ended", what)
-        if not job.is_whole(tree(trial), reference.before, reference.after):
-            return Outcome(Result.silent, "torn", what, text="\n".join(sorted(image)))
-        rerun = self.lab.processes.run(*job.again)
-        if not is_through(job, rerun):
-            return Outcome(Result.lost, f"rerun: {rerun.failure}", what, text=rerun.text)
-        if (result := job.result(trial)) != reference.want:
-            return Outcome(Result.silent, "another result", what, text=difference(result, reference.want))
-        return Outcome(Result.survived, "cut", f"{what}; rerun took {rerun.seconds:.1f} s", rank=rerun.seconds)
+        return recover(self.lab, job, reference, how="cut", what=what)
 
     def _recorded(self, job: Job) -> list[tuple[dict, bool]]:
         """(what the disk may have held, whether the job had ended), of an undisturbed job."""

@@ -167,7 +167,7 @@ def _child(
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
         os.environ.update(world)
 
         def watch(event: str, args: tuple) -> None:

@@ -32,7 +32,14 @@ from soak.kinds import Kind, Result, Tally, figures, table
 from soak.lab import Lab
 from soak.power_cuts import PowerCuts
 from soak.processes import OutOfTime, Processes
-from soak.targets import impression_targets, run_targets, score_targets, state_targets, store_targets
+from soak.targets import (
+    checkpoint_targets,
+    impression_targets,
+    run_targets,
+    score_targets,
+    state_targets,
+    store_targets,
+)
 
 GRACE_S = 60  # for the trial under way when the time is over
 
@@ -49,8 +56,8 @@ def kinds(lab: Lab) -> list[Kind]:
         Flips("flip-vocabularies", lab, store_targets(["store/vocab/*"], with_score=True)),
         Flips("flip-histories", lab, store_targets(["store/bucket=*/*"], with_score=True)),
         Flips("flip-impressions", lab, impression_targets),
-        Flips("flip-checkpoints", lab, run_targets(["run/checkpoints/*.json", "run/checkpoints/step-00000012/*"])),
-        Flips("flip-run", lab, run_targets(["run/*.yaml", "run/tables.json"])),
+        Flips("flip-checkpoints", lab, checkpoint_targets),
+        Flips("flip-run", lab, run_targets),
         Flips("flip-states", lab, state_targets),
         Flips("flip-scores", lab, score_targets),
     ]

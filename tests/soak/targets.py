@@ -15,9 +15,15 @@ from soak.processes import verb
 from soak.trees import losses, weights
 
 
-def run_targets(patterns: list[str]) -> Callable[[Lab], list[Target]]:
-    """A run folder, read by scoring, by evaluation, and by training that goes on."""
-    return lambda lab: [Target(lab.run.parent, patterns, _run_readers(lab))]
+def checkpoint_targets(lab: Lab) -> list[Target]:
+    """The newest checkpoint, which is the best one, too."""
+    readers = [_verify(f"run={lab.trial}/run"), *_run_readers(lab)]
+    return [Target(lab.run.parent, ["run/checkpoints/step-00000012/*"], readers)]
+
+
+def run_targets(lab: Lab) -> list[Target]:
+    """The settings of a run, and what it knows of its store."""
+    return [Target(lab.run.parent, ["run/*.yaml", "run/*.json"], _run_readers(lab))]
 
 
 def store_targets(patterns: list[str], *, with_score: bool = False) -> Callable[[Lab], list[Target]]:
@@ -26,7 +32,7 @@ def store_targets(patterns: list[str], *, with_score: bool = False) -> Callable[
     def make(lab: Lab) -> list[Target]:
         store, out = lab.trial / "store", lab.trial / "out"
         readers = [
-            Reader("verify", partial(_verify, store), must_notice=True),
+            _verify(f"store={store}"),
             Reader("describe", verb("describe", f"store={store}", f"out={out}.html", then=partial(_page, out))),
             Reader("append", lab.append("store", then=partial(_hash, store))),
         ]
@@ -43,6 +49,7 @@ def impression_targets(lab: Lab) -> list[Target]:
     store = lab.trial / "store"
     out, metrics = lab.trial / "out", lab.trial / "run/metrics.json"
     readers = [
+        _verify(f"store={store}"),
         Reader("evaluate", verb("evaluate", f"run={lab.trial}/run", then=partial(_figures, metrics))),
         Reader("describe", verb("describe", f"store={store}", f"out={out}.html", then=partial(_page, out))),
     ]
@@ -52,17 +59,26 @@ def impression_targets(lab: Lab) -> list[Target]:
 def state_targets(lab: Lab) -> list[Target]:
     """States of yesterday, continued today."""
     out = lab.trial / "out"
-    reader = Reader("score mode=incremental", score_incremental(lab, then=partial(_lists, out)))
-    return [Target(scored_yesterday(lab), ["store/states/**/*"], [reader])]
+    readers = [
+        _verify(f"store={lab.trial}/store"),
+        Reader("score mode=incremental", score_incremental(lab, then=partial(_lists, out))),
+    ]
+    return [Target(scored_yesterday(lab), ["store/states/**/*"], readers)]
 
 
 def score_targets(lab: Lab) -> list[Target]:
     """Finished scores, asked for once more: in full, of candidates, and of states of yesterday."""
-    patterns, out = ["out/*"], partial(_lists, lab.trial / "out")
-    jobs = [("full", score_full), ("ranking", score_ranking)]
-    made = [(name, lab.made(f"scored-{name}", job(lab)), job(lab, then=out)) for name, job in jobs]
-    made.append(("incremental", scored_yesterday(lab), score_incremental(lab, then=out)))
-    return [Target(kept, patterns, [Reader(f"score {name} again", call)]) for name, kept, call in made]
+    out, kinds = lab.trial / "out", {"full": score_full, "ranking": score_ranking}
+    pristine = {name: lab.made(f"scored-{name}", score(lab)) for name, score in kinds.items()}
+    pristine["incremental"], kinds["incremental"] = scored_yesterday(lab), score_incremental
+    return [
+        Target(pristine[name], ["out/*"], [Reader(f"score {name} again", score(lab, then=partial(_lists, out)))])
+        for name, score in kinds.items()
+    ] + [Target(pristine["full"], ["out/*"], [_verify(f"scores={out}")])]
+
+
+def _verify(what: str) -> Reader:
+    return Reader("verify", verb("verify", what), must_notice=True)
 
 
 def _run_readers(lab: Lab) -> list[Reader]:
@@ -78,18 +94,11 @@ def _run_readers(lab: Lab) -> list[Reader]:
     ]
 
 
-def _verify(store: Path) -> None:
-    from elastic_rec.feature_store.store import Store
-
-    Store.open(store).verify()
-
-
-def _lists(out: Path) -> dict[str, str]:
-    """Part -> digest of its rows, in order, to the last bit of a score."""
+def _lists(out: Path) -> dict[str, list]:
+    """Part -> its rows, in order."""
     import pyarrow.parquet as pq
 
-    parts = sorted(out.glob("part-*.parquet"))
-    return {part.name: _sha256(repr(pq.read_table(part).to_pylist())) for part in parts}
+    return {part.name: pq.read_table(part).to_pylist() for part in sorted(out.glob("part-*.parquet"))}
 
 
 def _figures(path: Path) -> dict:
@@ -97,13 +106,9 @@ def _figures(path: Path) -> dict:
 
 
 def _page(out: Path) -> str:
-    return _sha256(out.with_suffix(".html").read_text())
+    return hashlib.sha256(out.with_suffix(".html").read_bytes()).hexdigest()
 
 
 def _hash(store: Path) -> str:
     """It covers every file that the current generation names."""
     return json.loads((store / "manifest.json").read_text())["hash"]
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
