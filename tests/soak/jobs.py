@@ -10,7 +10,7 @@ from typing import Any
 
 from soak.lab import CAUSAL, Lab
 from soak.processes import Call, verb
-from soak.trees import Tree, fresh, losses, sizes, tree, weights
+from soak.trees import Tree, figures, fresh, sizes, tree, weights
 
 Calls = list[Call]
 
@@ -134,7 +134,7 @@ def train_jobs(lab: Lab, *, ranks: int = 2) -> list[Job]:
         [verb("train", *SMALL_TRAIN, *CAUSAL, *steps, *where, *more)] * ranks for more in ([], ["run.resume=true"])
     )
     name = f"train, {ranks} rank{'s' * (ranks > 1)}"
-    return [Job(name, start, again, lambda trial: losses(trial / "run") | weights(trial / "run"))]
+    return [Job(name, start, again, lambda trial: figures(trial / "run") | weights(trial / "run"))]
 
 
 def score_full(lab: Lab, then: Call | None = None) -> Call:

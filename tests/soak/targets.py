@@ -12,7 +12,7 @@ from soak.flips import Reader, Target
 from soak.jobs import score_full, score_incremental, score_ranking, scored_yesterday
 from soak.lab import CAUSAL, STEADY, Lab
 from soak.processes import verb
-from soak.trees import losses, weights
+from soak.trees import figures, tree, weights
 
 
 def checkpoint_targets(lab: Lab) -> list[Target]:
@@ -50,7 +50,7 @@ def impression_targets(lab: Lab) -> list[Target]:
     out, metrics = lab.trial / "out", lab.trial / "run/metrics.json"
     readers = [
         _verify(f"store={store}"),
-        Reader("evaluate", verb("evaluate", f"run={lab.trial}/run", then=partial(_figures, metrics))),
+        Reader("evaluate", verb("evaluate", f"run={lab.trial}/run", then=partial(_json, metrics))),
         Reader("describe", verb("describe", f"store={store}", f"out={out}.html", then=partial(_page, out))),
     ]
     return [Target(lab.ranking, ["store/impressions/**/*"], readers)]
@@ -86,12 +86,16 @@ def _run_readers(lab: Lab) -> list[Reader]:
 
     run, out = lab.trial / "run", lab.trial / "out"
     more = [f"data.store={lab.store}", f"run.dir={run}", "run.resume=true", "optim.max_steps=16", "run.keep_last=9"]
-    train = verb("train", *SMALL_TRAIN, *CAUSAL, *STEADY, *more, then=lambda: losses(run) | weights(run))
+    train = [*SMALL_TRAIN, *CAUSAL, *STEADY, *more]
     return [
         Reader("score", verb("score", f"run={run}", f"out={out}", "k=6", then=partial(_lists, out))),
-        Reader("evaluate", verb("evaluate", f"run={run}", then=partial(_figures, run / "metrics.json"))),
-        Reader("train run.resume=true", train),
+        Reader("evaluate", verb("evaluate", f"run={run}", then=partial(_json, run / "metrics.json"))),
+        Reader("train run.resume=true", verb("train", *train, then=partial(_trained, run))),
     ]
+
+
+def _trained(run: Path) -> dict:
+    return figures(run) | weights(run) | tree(run, "baselines.json")
 
 
 def _lists(out: Path) -> dict[str, list]:
@@ -101,7 +105,7 @@ def _lists(out: Path) -> dict[str, list]:
     return {part.name: pq.read_table(part).to_pylist() for part in sorted(out.glob("part-*.parquet"))}
 
 
-def _figures(path: Path) -> dict:
+def _json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 

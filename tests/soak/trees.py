@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 Tree = dict[str, str]
 
@@ -51,10 +52,10 @@ def flip(path: Path, draw: random.Random) -> str:
     return f"bit {bit} of byte {place} of {len(content)}"
 
 
-def losses(run: Path) -> dict[str, float]:
-    """Step -> loss, of a run's metrics.jsonl."""
+def figures(run: Path) -> dict[str, Any]:
+    """Loss of each step, and each validation, of a run's metrics.jsonl."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {str(line["step"]): line["loss"] for line in lines if line["kind"] == "train"}
+    return {f"{line['kind']} {line['step']}": line["loss"] if line["kind"] == "train" else line for line in lines}
 
 
 def weights(run: Path) -> Tree:
