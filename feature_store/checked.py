@@ -1,9 +1,11 @@
-"""Files that are checked before they are believed: JSON that carries its own sha256, and sha256s of other files.
+"""Files that are checked before they are believed: JSON and text that carry their own sha256, and sha256s of others.
 
-{
- "step": 420,
- "sha256": "5f0a…"        of the file's bytes without this line
-}
+    {                                     step: 420
+     "step": 420,                         # sha256: 5f0a...     of the lines before
+     "sha256": "5f0a..."
+    }
+
+In JSON it is the digest of the file's bytes without its line.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from elastic_rec.feature_store.atomic_write import to_json, write_text
 from elastic_rec.feature_store.errors import DataError
 
 _KEY = ',\n "sha256": "'
+_LINE = "# sha256: "
 
 
 def write_checked(path: Path, value: dict[str, Any]) -> None:
@@ -33,6 +36,22 @@ def read_checked(path: Path) -> dict[str, Any]:
     if tail != f'{_digest(body)}"\n}}\n':
         raise DataError(f"{path} is damaged: its content does not fit its sha256")
     return json.loads(body)
+
+
+def write_signed(path: Path, text: str) -> None:
+    """`text`, whose last line is ended and whose comments begin with #, as `path`: whole or not at all."""
+    write_text(path, f"{text}{_LINE}{_digest(text)}\n")
+
+
+def read_signed(path: Path) -> str:
+    """The text. Raises DataError where it is not as it was written and has its last line still."""
+    text = path.read_bytes().decode(errors="replace")
+    body, line, digest = text.rpartition(_LINE)
+    if text.rstrip("\n").rpartition("\n")[2].startswith("#") and not (line and digest == _digest(body) + "\n"):
+        raise DataError(
+            f"{path} is damaged or edited, not as its sha256 says: restore it; to keep an edit, remove the last line"
+        )
+    return text
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from elastic_rec.feature_store.progress import progress
 from elastic_rec.feature_store.sources import Source, check_same_kinds, open_source, unreadable
 from elastic_rec.feature_store.sql import bucket_sql, open_database, record_batches
 from elastic_rec.feature_store.staging import LocalStaging, RemoteStaging
-from elastic_rec.feature_store.time_columns import time_fault, time_sql, time_text_sql
+from elastic_rec.feature_store.time_columns import MOMENTS, time_fault, time_sql, time_text_sql
 from elastic_rec.feature_store.times import unit_advice
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN, Vocabulary
 
@@ -91,7 +91,7 @@ class DuckEngine:
         entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
         # What an append knows an input by: its bytes, not its name.
         entry["sha256"] = open_location(local).digest()
-        entry["events"] = self._load(source, format)
+        entry["events"] = self._load(source)
         if not path.is_local:
             local.unlink()
         return entry
@@ -104,7 +104,7 @@ class DuckEngine:
         columns = (f'"{r}" {"BIGINT" if r == "timestamp" or kinds[r] == "int64" else "VARCHAR"}' for r in self._roles)
         self._run(f"CREATE TABLE raw ({', '.join(columns)})")
 
-    def _load(self, source: Source, format: str) -> int:
+    def _load(self, source: Source) -> int:
         """Appends one file's events to the staging table. Returns their number; DataError names the first row that
         fails a check whose policy is fail."""
         if source.is_empty:
@@ -117,7 +117,7 @@ class DuckEngine:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(unreadable(source.path, error, is_tsv=format == "tsv")) from error
+            raise DataError(unreadable(source.path, error, has_quotes=source.quoted is not None)) from error
         self._check(source, count)
         self._num_loaded += count
         return count
@@ -372,9 +372,11 @@ class DuckEngine:
         raw, staged = found[: len(needed)], found[len(needed) :]
         where = f"{source.path}: row {row + 1}:"
         if check == "future_times":
+            is_number = source.kinds["timestamp"] not in MOMENTS
+            advice = unit_advice(staged[0], self._unit, "timestamp_unit") if is_number else "repair such rows"
             raise DataError(
-                f"{where} timestamp {raw[0]!r} is in the future for timestamp_unit={self._unit}; "
-                f"{unit_advice(staged[0], self._unit, 'timestamp_unit')}, or set checks.future_times=keep{others}"
+                f"{where} timestamp {raw[0]!r} is in the future for timestamp_unit={self._unit}; {advice}, or set "
+                f"checks.future_times=keep{others}"
             )
         if check == "null_words":
             role = next(r for r, v in zip(needed, staged, strict=True) if v in NULL_WORDS)

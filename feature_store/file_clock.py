@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.time_columns import MOMENTS
 from elastic_rec.feature_store.times import iso_time, likely_unit, written_date
 
 _APRIL_1970_S = 90 * 86_400  # seconds of the year 2200, read as milliseconds, are before it
@@ -48,7 +49,9 @@ def clock_fault(clock: FileClock, unit: str, kind: str, count_where: Callable[[s
     newest, per_second = clock.newest, UNITS_PER_SECOND[unit]
     at = f"the newest, {newest}, is {iso_time(newest // per_second)} in {unit}"
     if newest < _APRIL_1970_S * per_second and (reading := likely_unit(newest, unit=unit)) is not None:
-        return f"{at}. In {reading.unit} it is {reading.iso}: set timestamp_unit={reading.unit}"
+        remedy = f"make the column again from numbers in {reading.unit}"  # as pandas.to_datetime(unit=...) does
+        remedy = remedy if kind in MOMENTS else f"set timestamp_unit={reading.unit}"
+        return f"{at}. In {reading.unit} it is {reading.iso}: {remedy}"
     date = written_date(newest) if 19700101 <= newest <= 21991231 else None
     if date is not None and count_where(_IS_DATE) == clock.count:
         return f"{at}. All look like dates written as YYYYMMDD: write them as ISO dates ({date.iso})"

@@ -79,7 +79,7 @@ class IngestConfig:
         metadata={"help": "Files, globs or folders, in order; the order breaks ties between equal timestamps."},
     )
     format: InputFormat = field(
-        default=InputFormat.auto, metadata={"help": "Input format; auto goes by the file names."}
+        default=InputFormat.auto, metadata={"help": "Input format; auto: by each file's name, or content."}
     )
     user_column: str = field(default="user_id", metadata={"help": "Input column with the user (int64 or string)."})
     item_column: str = field(default="item_id", metadata={"help": "Input column with the item (int64 or string)."})
@@ -170,8 +170,8 @@ class IngestConfig:
         for name in ("min_user_events", "min_item_events", "min_vocabulary_count", "num_buckets", "row_group_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.threads < 0:
-            raise ValueError(f"threads={self.threads}: give 0 for one per core, or more")
+        if not 0 <= self.threads <= 4096:
+            raise ValueError(f"threads={self.threads}: give 0 for one per core, or up to 4096")
         if self.num_buckets > 10000:
             raise ValueError(f"num_buckets={self.num_buckets}: at most 10000")
         for name in self.context_columns:

@@ -58,7 +58,7 @@ def _check_data_files(need: _Needs, manifest: dict, *, counts: tuple[str, str], 
         place = f"files.{number}."
         need(entry, place, kinds)
         match = DATA_FILE.fullmatch(entry["path"])
-        bucket = int(match["bucket"]) if match else -1
+        bucket = int(match[1]) if match else -1
         need(entry, place, {"path": lambda _, b=bucket: 0 <= b < manifest["num_buckets"] and b not in buckets})
         buckets.add(bucket)
         for at, count in enumerate(counts):
@@ -69,12 +69,8 @@ def _check_data_files(need: _Needs, manifest: dict, *, counts: tuple[str, str], 
         need(manifest, "", {count: lambda value, total=total: value == total})
     for column, entry in manifest["vocabularies"].items():
         match = VOCABULARY_FILE.fullmatch(entry["path"]) if isinstance(entry.get("path"), str) else None
-        is_named = {"path": lambda _, match=match, column=column: match is not None and match["column"] == column}
-        need(
-            entry,
-            f"vocabularies.{column}.",
-            _FILE | is_named | {"size": lambda size: _is_count(size) and size >= FIRST},
-        )
+        is_named = {"path": lambda _, match=match, column=column: match is not None and match[1] == column}
+        need(entry, f"vocabularies.{column}.", _FILE | is_named | {"size": _is_size})
 
 
 def _check_paths(need: _Needs, entries: list[dict]) -> None:

@@ -12,12 +12,11 @@ from elastic_rec.feature_store.filesystem import Location
 
 _DIGEST = r"[0-9a-f]{16}"
 # Stores from before digests in all names have part-000.parquet and vocab/item.parquet.
-DATA_FILE = re.compile(rf"bucket=(?P<bucket>\d{{4,}})/part-({_DIGEST}|000)\.parquet")
-VOCABULARY_FILE = re.compile(rf"vocab/(?P<column>\w+)(-{_DIGEST})?\.parquet")
+DATA_FILE = re.compile(rf"bucket=(\d{{4,}})/part-(?:{_DIGEST}|000)\.parquet")  # [1]: the bucket
+VOCABULARY_FILE = re.compile(rf"vocab/(\w+)(?:-{_DIGEST})?\.parquet")  # [1]: the column
 ITEMS_FILE = re.compile(rf"items/part-{_DIGEST}\.parquet")
 IMPRESSIONS, STATES, SCRATCH, WORK = "impressions", "states", ".append", ".work"
 _TABLE = rf"{DATA_FILE.pattern}|{VOCABULARY_FILE.pattern}"
-_TABLE = re.sub(r"\?P<\w+>", "?:", _TABLE)
 STATE_FILE = re.compile(rf"{STATES}/{_DIGEST}-\w+/bucket=\d{{4,}}\.parquet")
 _LEFTOVER = re.compile(
     rf"({IMPRESSIONS}/)?\.manifest(-\d{{6,}})?\.json\.tmp|{STATES}/{_DIGEST}-\w+/\.?bucket=\d{{4,}}(\.parquet)?\.tmp"

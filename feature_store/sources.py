@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import glob
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,8 @@ import pyarrow.parquet as pq
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.inputs import codec, partition_values
+from elastic_rec.feature_store.limits import copy_unpacked
+from elastic_rec.feature_store.schema import ARROW_TYPES
 from elastic_rec.feature_store.time_columns import stored_time_kind
 
 # Of these the one with which the header has most of the columns; the first where several do.
@@ -132,6 +133,19 @@ def kind_of(type: pa.DataType) -> str:
     return "uuid" if getattr(type, "extension_name", None) == "arrow.uuid" else "other"
 
 
+def cast_ids(values: pa.Array, stored: str, *, where: str) -> pa.Array:
+    """Ids of a column as the store has them ("int64" or "string"): whole numbers of any type, or text. DataError."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text", "binary")
+    if kind_of(values.type) not in kinds and not pa.types.is_null(values.type):
+        raise DataError(f"{where} is {values.type}, not of the store's type ({stored}); cast it")
+    try:
+        return values.cast(ARROW_TYPES[stored])
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: {error}; write ids as {stored}") from error
+
+
 def is_list(type: pa.DataType) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
     return any(of_type(type) for of_type in lists)
@@ -165,7 +179,7 @@ def rewrite(path: Location, columns: str) -> str:
     return f"DuckDB: COPY (SELECT {columns} FROM '{path}') TO 'mended.parquet'"
 
 
-def unreadable(path: Location, error: duckdb.Error, *, is_tsv: bool = False) -> str:
+def unreadable(path: Location, error: duckdb.Error, *, has_quotes: bool) -> str:
     """What DuckDB says is wrong, without its own options for it and without megabytes of the line at fault; and what
     to do."""
     text, advice = str(error), ""
@@ -174,7 +188,7 @@ def unreadable(path: Location, error: duckdb.Error, *, is_tsv: bool = False) -> 
     elif "invalid UTF8" in text:
         advice = "\nA column of bytes is read as text; where it holds none, hex() makes text of it. "
         advice += rewrite(path, "* REPLACE (hex(NAME) AS NAME)")
-    elif is_tsv and "Expected Number of Columns" in text:
+    elif not has_quotes and "Expected Number of Columns" in text:
         advice = "\nTSV has no quotes: where this file has them round its fields, set format=csv"
     lines = [line for line in text.split("\nPossible ")[0].splitlines() if line.strip()][:4]
     short = [line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines]
@@ -192,7 +206,7 @@ def _unpacked(path: Location, local: Path, work: Path) -> Path:
     text = work / "unpacked"
     try:
         with pa.input_stream(str(local), compression=packing) as packed, text.open("wb") as file:
-            shutil.copyfileobj(packed, file, 1 << 20)
+            copy_unpacked(packed, file, name=path, packed_bytes=local.stat().st_size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read as {packing} ({error}); truncated? write or copy it again") from error
     return text

@@ -116,12 +116,12 @@ class StateFile:
     @cached_property
     def _users(self) -> tuple[pa.Array, Clocks]:
         table = self._read(list(range(len(self.about["group_users"]))), [USER, *CLOCK])
-        ids, clocks = one_array(table[USER]), Clocks(*(table[name].to_numpy() for name in CLOCK))
+        ids, arrays = one_array(table[USER]), [table[name].to_numpy() for name in CLOCK]
         for group, expected in enumerate(self.about["crc32_users"]):
             users = slice(self._edges[group], self._edges[group + 1])
-            found = _crc_users(ids[users], Clocks(*(values[users] for values in astuple(clocks))))
+            found = _crc_users(ids[users], Clocks(*(values[users] for values in arrays)))
             self._check(f"users of row group {group}", found, expected)
-        return ids, clocks
+        return ids, Clocks(*arrays)
 
     def _group(self, group: int) -> np.ndarray:
         if self._decoded[0] != group:

@@ -33,7 +33,7 @@ MARKER = "complete.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; save, load and latest are collective, the rest is not."""
+    """The checkpoints of one run; save, load, latest and best are collective, the rest is not."""
 
     def __init__(self, run_dir: Path, *, world: World, keep_last: int = 2) -> None:
         self.root = Path(run_dir) / "checkpoints"
@@ -151,16 +151,12 @@ class Checkpoints:
         tensors = {name: about for name, about in self.marker(step)["files"].items() if name.endswith(".distcp")}
         return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 
-    def faults(self) -> list[str]:
-        """What is wrong with the complete checkpoints, a line each. Reads every file."""
-        return [fault for step in self.complete_steps() if (fault := self._fault_of(step, 0, 1))]
-
     def sweep(self) -> None:
         """Removes what killed trainings left. For the one process that holds the run folder."""
         for folder in self._half_written():
             self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): removed")
             shutil.rmtree(folder)
-        for folder in (self.root.parent, self.root, *self.root.glob("step-*")):
+        for folder in (self.root, *self.root.glob("step-*")):  # what an evaluation may be writing is beside them
             remove_leftovers(folder)
 
     def folder(self, step: int) -> Path:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from elastic_rec.feature_store.credentials import mask_credentials
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.impressions.config import ImpressionConfig, ImpressionSplit
 from elastic_rec.feature_store.ingest import IngestConfig
@@ -87,8 +88,8 @@ def check_local(**folders: str) -> None:
         if re.match(r"[A-Za-z][\w+.-]*:/", value):
             key = name.replace("__", ".")
             raise ValueError(
-                f"{key}={value}: runs and scores are on the local disk, only stores and what is read may be "
-                "elsewhere: give a local path, and copy"
+                f"{key}={mask_credentials(value)}: runs and scores are on the local disk, only stores and what is read "
+                "may be elsewhere: give a local path, and copy"
             )
 
 

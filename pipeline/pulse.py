@@ -34,6 +34,7 @@ from elastic_rec.pipeline.endings import EXIT_LOST_RANK, Ending, end, quit_now
 Item = TypeVar("Item")
 ROOT = str(Path(__file__).parent.parent)
 LOST_S = 3.0  # three signs of life
+VOTE_S, MOST_BEATS = 0.05, 8  # a vote so often, or after so many beats
 
 
 class AllStop(Exception):
@@ -54,7 +55,7 @@ class Pulse:
         self.store = None if job is None else dist.PrefixStore(f"attempt-{attempt}", job)
         self.at = "the start"
         self._votes: Votes | None = None
-        if self.store is not None:
+        if size > 1:
             threading.Thread(target=self._watch, name="pulse", daemon=True).start()
 
     def beat(self, at: str) -> None:
@@ -99,7 +100,7 @@ class Pulse:
                 others.look()
                 time.sleep(0.1)
             silent = others.silent(LOST_S * 0.6)
-        except (RuntimeError, KeyError):
+        except RuntimeError:
             return "rank 0, which kept the store,"
         return " and ".join(f"rank {rank}" for rank in silent) or "another rank"
 
@@ -167,7 +168,7 @@ class Others:
 
     def silent(self, seconds: float) -> list[int]:
         """Ranks without a sign of life for so long."""
-        return [rank for rank in self.ranks if time.monotonic() - self.signed[rank][1] >= seconds]
+        return [rank for rank, (_, since) in self.signed.items() if time.monotonic() - since >= seconds]
 
     def missing(self, collectives: int) -> list[int]:
         """Ranks that stand, and have begun fewer collectives than this one; without them, those that are silent."""
@@ -188,22 +189,31 @@ class Others:
 
 
 class Votes:
-    """Has any rank had a signal? Asked at every beat and answered at the next, so that no step waits for it."""
+    """Has any rank had a signal? Asked at a beat and answered at a later one, so that no step waits for it.
+
+    Where beats are short not every beat asks. How many pass is told by the votes themselves, so ranks agree on it.
+    """
 
     def __init__(self, size: int) -> None:
         is_nccl = size > 1 and dist.get_backend() == "nccl"
         self.size, self.group = size, dist.new_group(backend="gloo") if is_nccl else None
         self.open: tuple[torch.Tensor, dist.Work] | None = None
+        self.every, self.beats, self.asked_s = 1, 0, time.monotonic()
 
     def ask(self) -> bool:
         mine = interrupts.requested() is not None
         if self.size == 1:
             return mine
-        before = self.settle()
-        if not before:
-            vote = torch.tensor([int(mine)], dtype=torch.int32)
-            self.open = vote, dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return before
+        self.beats += 1
+        if self.beats < self.every:
+            return False
+        if self.settle():
+            return True
+        now_s = time.monotonic()
+        vote = torch.tensor([float(mine), (now_s - self.asked_s) / self.beats], dtype=torch.float64)
+        self.open = vote, dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.beats, self.asked_s = 0, now_s
+        return False
 
     def settle(self) -> bool:
         """The answer to the last question."""
@@ -212,7 +222,9 @@ class Votes:
         vote, work = self.open
         work.wait()
         self.open = None
-        return bool(vote)
+        is_any, beat_s = vote.tolist()
+        self.every = max(1, min(MOST_BEATS, int(VOTE_S / max(beat_s, 1e-6))))
+        return bool(is_any)
 
 
 def _collectives() -> int:

@@ -158,16 +158,16 @@ class RankingFigures:
 
 
 def _figures(sums: dict[str, float], counts: ScoreCounts) -> dict[str, float | int]:
-    num, positives = sums["candidates"], torch.tensor(sums["label"])
+    num, positives = sums["candidates"], sums["label"]
     figures: dict[str, float | int] = {"candidates": int(num)}
     if not num:
         return figures
     figures["log_loss"] = sums["entropy"] * math.log(2) / num  # torchrec counts in bits
     if 0 < positives < num:
-        entropy = torch.tensor(sums["entropy"], dtype=torch.float64)
-        figures["ne"] = float(compute_ne(entropy, torch.tensor(num), positives, num - positives, EPSILON))
+        about = (torch.tensor(part, dtype=torch.float64) for part in (sums["entropy"], num, positives, num - positives))
+        figures["ne"] = float(compute_ne(*about, EPSILON))
     if positives > 0:
-        figures["calibration"] = sums["prediction"] / sums["label"]
+        figures["calibration"] = sums["prediction"] / positives
     found = counts.auc()
     if found:
         figures["auc"], off = found

@@ -35,8 +35,8 @@ from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
-from elastic_rec.feature_store.schema import ARROW_TYPES, UNITS_PER_SECOND
-from elastic_rec.feature_store.sources import is_list, kind_of
+from elastic_rec.feature_store.schema import UNITS_PER_SECOND
+from elastic_rec.feature_store.sources import cast_ids, is_list
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.candidate_times import read_times
 from elastic_rec.pipeline.errors import ConfigError
@@ -46,6 +46,9 @@ from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.score_folder import ScoreFolder
 from elastic_rec.pipeline.scoring import lockstep
 from elastic_rec.pipeline.world import World
+
+MOST_PARTS = 100_000  # part-00000 to part-99999
+MOST_ROWS_PER_BYTE = 1000  # a row of two constant columns takes more
 
 
 class Part(NamedTuple):
@@ -148,6 +151,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
         files.append([path, path.size(), footer.metadata.num_rows])
+        _check_claim(path, footer.metadata, sum(of_file for _, _, of_file in files), config.part_rows)
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
@@ -161,6 +165,22 @@ def _described(files: list[list], world: World) -> list[list]:
     everyone: list[list[str]] = [mine] * world.size
     dist.all_gather_object(everyone, mine)
     return [[f[0].name, *f[1:], everyone[i % world.size][i // world.size]] for i, f in enumerate(files)]
+
+
+def _check_claim(path: Location, footer: pq.FileMetaData, num_rows: int, part_rows: int) -> None:
+    """Refuse a footer that cannot be true before parts are made of it. num_rows: up to and with this file."""
+    size = path.size()
+    claims = [footer.num_rows, *(footer.row_group(group).num_rows for group in range(footer.num_row_groups))]
+    if min(claims) < 0 or max(claims) > size * MOST_ROWS_PER_BYTE or claims[0] != sum(claims[1:]):
+        raise ConfigError(
+            f"candidates: {path} says that it has {claims[0]:,} rows in {size:,} bytes, row groups of "
+            f"{claims[1:][:3]}: its footer is damaged, write the file again"
+        )
+    if num_rows > MOST_PARTS * part_rows:
+        raise ConfigError(
+            f"candidates: {num_rows:,} rows up to {path.name} are over {MOST_PARTS:,} parts of part_rows={part_rows}: "
+            f"set part_rows to at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
+        )
 
 
 @dataclass
@@ -185,8 +205,10 @@ class Requests:
         table = table.slice(part.start, part.stop - part.start)
         where = f"candidates: {part.file}, rows {part.start} to {part.stop} of row group {part.row_group}"
         lengths, items = _lists(table["item_id"], where)
-        items = _ids(items, task, "item", where)
-        encoded = _ids(table["user_id"].combine_chunks(), task, "user", where).dictionary_encode()
+        types = {name: about["type"] for name, about in task.store.manifest["vocabularies"].items()}
+        items = cast_ids(items, types["item"], where=f"{where}: item_id")
+        users = cast_ids(table["user_id"].combine_chunks(), types["user"], where=f"{where}: user_id")
+        encoded = users.dictionary_encode()
         users = encoded.dictionary.to_pylist()
         if encoded.null_count:
             raise ConfigError(f"{where}: user_id has nulls; leave such rows out")
@@ -287,17 +309,3 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
         return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
-
-
-def _ids(values: pa.Array, task: RankingTask, column: str, where: str) -> pa.Array:
-    """Ids of the store's type: numbers (whole, of any type) for int64, text for strings."""
-    stored = task.store.manifest["vocabularies"][column]["type"]
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text",)
-    if kind_of(values.type) not in kinds and not pa.types.is_null(values.type):
-        raise ConfigError(f"{where}: {column}_id is {values.type}, not of the store's type ({stored}); cast it")
-    try:
-        return values.cast(ARROW_TYPES[stored])
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"{where}: {column}_id: {error}; write ids as {stored}") from error

@@ -24,8 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from yaml import YAMLError
 
-from elastic_rec.feature_store.atomic_write import write_text
-from elastic_rec.feature_store.checked import read_checked, write_checked
+from elastic_rec.feature_store.checked import read_checked, read_signed, write_checked, write_signed
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.locks import hold_folder
 from elastic_rec.pipeline.checkpoints import Checkpoints
@@ -48,7 +47,7 @@ FIXED = (
 
 
 SHAPE = ("task", "model.", "memory.", "ranking.", "data.columns")
-CONFIG, TABLES, _SIGN = "config.yaml", "tables.json", "# sha256: "
+CONFIG, TABLES = "config.yaml", "tables.json"
 
 
 def keep_generation(config: TrainConfig) -> None:
@@ -109,8 +108,7 @@ def _describe(config: TrainConfig, task: AnyTask) -> None:
     saved = OmegaConf.structured(config)
     # Evaluate and score may be started from elsewhere, and after more days were appended.
     saved.data.store, saved.data.generation = str(task.store.path.resolve()), task.store.generation
-    text = OmegaConf.to_yaml(saved)
-    write_text(run_dir / CONFIG, f"{text}{_SIGN}{_digest(text)}\n")
+    write_signed(run_dir / CONFIG, OmegaConf.to_yaml(saved))
 
 
 def read_config(run: str | Path) -> TrainConfig:
@@ -118,18 +116,14 @@ def read_config(run: str | Path) -> TrainConfig:
     path = Path(run) / CONFIG
     if not path.exists():
         raise CheckpointError(f"{run!s} is not a run folder (no {CONFIG}): give run=DIR, the run.dir of train.py")
-    text = path.read_bytes().decode(errors="replace")
-    body, sign, digest = text.rpartition(_SIGN)
-    if text.rstrip("\n").rpartition("\n")[2].startswith("#") and not (sign and digest == _digest(body) + "\n"):
-        raise CheckpointError(
-            f"{path} is damaged or edited, not as its sha256 says: restore it; to keep an edit, remove the last line"
-        )
     try:
-        loaded = OmegaConf.create(text)
+        loaded = OmegaConf.create(read_signed(path))
         for key, value in strings_of(OmegaConf.to_container(loaded, resolve=False)):
             if "${" in value:
                 raise CheckpointError(f"{path}: {key} is {value!r}: a run's config holds values, not ${{...}}")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded))
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is no config of a run: {error}") from error
 
@@ -147,7 +141,7 @@ def model_fingerprint(run: str, *, step: int, config: TrainConfig, world: World)
     """Of a checkpoint's weights, dense and tables, and of the settings that make a model of them; hexadecimal."""
     settings = {key: value for key, value in _settings(config).items() if key.startswith(SHAPE)}
     about = [Checkpoints(Path(run), world=world).fingerprint(step), settings]
-    return _digest(json.dumps(about, sort_keys=True, default=str))
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def load_model(
@@ -210,10 +204,6 @@ def _check_same(old: TrainConfig, new: TrainConfig, *, where: Path) -> None:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     return _flat(OmegaConf.to_container(OmegaConf.structured(config)))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

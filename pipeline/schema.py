@@ -19,6 +19,8 @@ from elastic_rec.pipeline.losses import LossConfig
 from elastic_rec.pipeline.optimisers import OptimConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
 
+MOST_K = 100_000  # the longest list of items
+
 
 class Task(StrEnum):
     next_item = "next_item"
@@ -67,6 +69,8 @@ class RunConfig:
         check_local(run__dir=self.dir)
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise ValueError(f"run.precision={self.precision!r}: set float32, bfloat16 or auto")
+        if not 0 <= self.seed < 1 << 31:
+            raise ValueError(f"run.seed={self.seed}: set it from 0 to {(1 << 31) - 1}")
         if self.keep_last < 1:
             raise ValueError(
                 f"run.keep_last={self.keep_last}: keep at least 1, a run without a checkpoint cannot resume"
@@ -140,6 +144,8 @@ class EvaluateConfig:
             raise ValueError(f"stage={self.stage!r}: set test or valid")
         if self.max_history < 0:
             raise ValueError(f"max_history={self.max_history}: set at least 1, or 0 for as many as in training")
+        if not all(1 <= k <= MOST_K for k in self.k):
+            raise ValueError(f"k={self.k}: set each to 1 or more, at most {MOST_K}")
         if 10 not in self.k:
             raise ValueError(f"k={self.k}: must contain 10, the length models are compared by")
 
@@ -209,8 +215,10 @@ class ScoreConfig:
         check_local(run=self.run, out=self.out)
         self.mode, self.late_events = ScoreMode(self.mode), LateEvents(self.late_events)
         self.state_dtype, self.seen = StateDtype(self.state_dtype), self.seen and Seen(self.seen)
-        if self.part_rows < 1:
-            raise ValueError(f"part_rows={self.part_rows}: set it to 1 or more")
+        if not 1 <= self.part_rows <= 1 << 24:
+            raise ValueError(f"part_rows={self.part_rows}: set it to 1 or more, at most {1 << 24}")
+        if self.k > MOST_K:
+            raise ValueError(f"k={self.k}: set it to at most {MOST_K}; lists of users are held in memory")
         if self.k < 1 or self.batch_size < 1 or self.window < 0 or (self.max_history or 0) < 0:
             raise ValueError(
                 f"k={self.k}, batch_size={self.batch_size}, window={self.window}, max_history={self.max_history}: set "

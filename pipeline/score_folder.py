@@ -97,7 +97,8 @@ class ScoreFolder:
     def close(self, numbers: list[int], *, unit: str = "rows", **about: Any) -> dict[int, int]:
         """Writes the manifest when all ranks have committed their parts. Returns rows by part. Collective.
 
-        unit: what a row is, the name of the manifest's total."""
+        unit: what a row is, the name of the manifest's total.
+        """
         everyone: list[dict] = [{}] * self.world.size
         dist.all_gather_object(everyone, self._known)
         known = {number: each for part in everyone for number, each in part.items()}
@@ -194,19 +195,3 @@ def about_part(path: Path, *, read: bool) -> dict[str, Any]:
 
 def _columns(schema: pa.Schema) -> str:
     return schema.to_string(show_field_metadata=False, show_schema_metadata=False)
-
-
-def faults_in_scores(out: Path) -> list[str]:
-    """What is wrong with a folder of scores, a line each. Reads every part."""
-    try:
-        settings, manifest = read_checked(out / JOB), read_checked(out / MANIFEST)
-    except FileNotFoundError as error:
-        return [f"{error.filename} is missing: the job has not ended, run it again"]
-    except DataError as error:
-        return [str(error)]
-    found = [fault_in(out, {entry["path"]: entry}) for entry in manifest["parts"]]
-    extra = {path.name for path in out.glob("part-*.parquet")} - {entry["path"] for entry in manifest["parts"]}
-    found += [f"{out / name} is no part of the job" for name in sorted(extra)]
-    if manifest["job"] != job_digest(settings):
-        found.append(f"{out / MANIFEST} is of another job than {JOB}")
-    return [fault for fault in found if fault]

@@ -18,6 +18,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -111,7 +112,14 @@ def make_plan(model: nn.Module, sharders: list[ModuleSharder], *, world: World, 
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(percentage=0.1),
     )
-    return planner.collective_plan(model, sharders, dist.group.WORLD)
+    try:
+        return planner.collective_plan(model, sharders, dist.group.WORLD)
+    except PlannerError as error:
+        rows = ", ".join(f"{table.name} {table.num_embeddings} x {table.embedding_dim}" for table in tables(model))
+        raise ConfigError(
+            f"the tables ({rows}) do not fit into parallel.device_memory_gib={config.device_memory_gib:g} of each of "
+            f"{world.size} ranks: raise it, start more ranks, or lower memory.num_keys and model.width"
+        ) from error
 
 
 def tables(model: nn.Module) -> list:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
+
+from elastic_rec.feature_store.errors import DataError
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.schema import Task, TrainConfig
 from elastic_rec.pipeline.task import NextItemTask
@@ -12,5 +15,20 @@ TASKS = {Task.next_item: NextItemTask, Task.ranking: RankingTask}
 
 
 def make_task(config: TrainConfig, *, world: World, store: str = "", rows: dict[str, int] | None = None) -> AnyTask:
-    """store: another than the config's. rows: of the tables of a trained run."""
-    return TASKS[config.task](config, world=world, store=store, rows=rows)
+    """store: another than the config's. rows: of the tables of a trained run. Collective."""
+    task = TASKS[config.task](config, world=world, store=store, rows=rows)
+    _check_same_store(task)
+    return task
+
+
+def _check_same_store(task: AnyTask) -> None:
+    """Raises DataError where an append or an overwrite came between two ranks' opening of the store."""
+    mine = task.store.manifest["hash"] + (task.table.manifest["hash"] if isinstance(task, RankingTask) else "")
+    hashes: list[str] = [mine] * task.world.size
+    if task.world.size > 1:
+        dist.all_gather_object(hashes, mine)
+    if len(set(hashes)) > 1:
+        raise DataError(
+            f"{task.store.path}: changed while it was opened, rank 0 has generation hash {hashes[0][:12]} and another "
+            f"rank {next(other for other in hashes if other != hashes[0])[:12]}; run again"
+        )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import helpers
 import pytest
 import torch.distributed as dist
+from ranking_data import make_ranking_store
 
-from elastic_rec.pipeline.errors import NonFiniteError
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.models.heads.ranking_config import History
+from elastic_rec.pipeline.errors import ConfigError, NonFiniteError
 from elastic_rec.pipeline.evaluate import run_evaluation
-from elastic_rec.pipeline.schema import EvaluateConfig, TrainConfig
+from elastic_rec.pipeline.schema import EvaluateConfig, Task, TrainConfig
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.train import train
 from elastic_rec.pipeline.world import World, start_world
@@ -136,3 +140,21 @@ def test_a_model_below_counting_is_named(world, store, tmp_path, capsys, monkeyp
     found = run_evaluation(EvaluateConfig(run=str(run), checkpoint="4"), world)
     best = max(found["baselines"], key=lambda name: found["baselines"][name]["ndcg@10"])
     assert found["below_baseline"] == best and "warning:" in capsys.readouterr().err
+
+
+def test_ranking_runs_are_evaluated_on_another_store(world, tmp_path):
+    """Of labelled impressions; the policy for items already seen means nothing to them."""
+    store, run = make_ranking_store(tmp_path / "data"), tmp_path / "run"
+    config = config_of(store, run, epochs=1)
+    config.task, config.ranking.hidden, config.ranking.history = Task.ranking, [8], History.mean
+    train(config, world)
+    plain = run_evaluation(EvaluateConfig(run=str(run)), world)
+    shutil.move(store, tmp_path / "elsewhere")
+    settings = {"run": str(run), "store": str(tmp_path / "elsewhere")}
+    found = run_evaluation(EvaluateConfig(generation=0, **settings), world)
+    assert found == plain | {"store": settings["store"]} and found["auc"] > 0
+    assert json.loads((run / "metrics_elsewhere_g0.json").read_text())["auc"] == found["auc"]
+    with pytest.raises(ConfigError, match="seen=keep: only for runs with task=next_item"):
+        run_evaluation(EvaluateConfig(seen="keep", **settings), world)
+    with pytest.raises(DataError, match="generation"):
+        run_evaluation(EvaluateConfig(generation=7, **settings), world)

@@ -156,7 +156,6 @@ def test_checkpoints(world, run, tmp_path, monkeypatch):
         checkpoints = Checkpoints(root / "run", world=world)
         newest = checkpoints.latest() or 0
         assert newest >= max(map(int, moment.acknowledged), default=0)
-        assert all(not checkpoints._fault_of(step, 0, 1) for step in [newest] if step)
         if newest:
             read_config(root / "run"), read_tables(root / "run")
             steps = [line for line in (root / "run/metrics.jsonl").read_text().splitlines() if '"train"' in line]

@@ -302,7 +302,7 @@ def test_coarser_clocks_never_let_the_future_through(tmp_path):
         ({"candidates": []}, "row 2: there is no candidate"),
         ({"candidates": [1, None]}, "row 2: a candidate is empty"),
         ({"click": [1.0]}, "row 2: a label list is not as long"),
-        ({"click": [1.0, -1.0]}, r"row 2: label 'click' is -1, not from 0 to 1; .*label_thresholds={click: 4}"),
+        ({"click": [1.0, -1.0]}, r"row 2: label 'click' is -1, not from 0 to 1; .*label_thresholds.click=4"),
         ({"watched": [1.0, 4.0]}, "row 2: label 'watched' is 4, not from 0 to 1"),
         ({"click": [float("nan"), 1.0]}, "row 2: label 'click' is nan, .* write null where there is no label"),
     ],

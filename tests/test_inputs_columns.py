@@ -148,10 +148,9 @@ def test_names_of_hive_folders_are_context(tmp_path, suffix):
         made(tmp_path, tmp_path / "in", context_columns=["dt"])
 
 
-def shown(tmp_path, *inputs: Path, context: list[str]) -> ImpressionTable:
-    config = ImpressionConfig(
-        input=[str(entry) for entry in inputs], label_columns=["y"], context_columns=context, candidates_column="shown"
-    )
+def shown(tmp_path, *inputs: Path, context: list[str], **about) -> ImpressionTable:
+    about |= {"label_columns": ["y"], "context_columns": context, "candidates_column": "shown"}
+    config = ImpressionConfig(input=[str(entry) for entry in inputs], **about)
     ingest_impressions(config, out=str(tmp_path / "s"), threads=1)
     return ImpressionTable(Store.open(tmp_path / "s"))
 
@@ -184,12 +183,19 @@ def test_impressions_are_read_whole_or_refused(tmp_path):
             shown(tmp_path, day("c", items, user), context=[])
     with pytest.raises(DataError, match=r"copy\.parquet: the same bytes as .*/a; each row would be counted twice"):
         shown(tmp_path, tmp_path / "a", Path(shutil.copy(tmp_path / "a", tmp_path / "copy.parquet")), context=[])
+    items = pa.table({"item_id": pa.array([1.0, 2.0]), "genre": ["a", "b"]})
+    about = {"item_input": str(write(tmp_path / "items", items)), "item_context_columns": ["genre"]}
+    genres = shown(tmp_path, tmp_path / "a", context=[], **about)
+    assert genres.vocabulary("genre").decode(genres.item_bags["genre"].values[2:]).to_pylist() == ["a", "b"]
+    write(tmp_path / "items", items.set_column(0, "item_id", pa.array(["1", "2"])))
+    with pytest.raises(DataError, match=r"items: item_id is string, not of the store's type \(int64\); cast it"):
+        shown(tmp_path, tmp_path / "a", context=[], **about)
     with pytest.raises(DataError, match=r"impression column 'shown' is list<.*struct.*REPLACE"):
         shown(tmp_path, day("d", [{"id": 1}]), context=[])
-    with pytest.raises(DataError, match=r"'y' is missing; it has: .*\. Set label_columns"):
+    with pytest.raises(DataError, match=r"'shown' is missing; it has: .*\. Set candidates_column"):
         shown(tmp_path, write(tmp_path / "e", events()), context=[])
     (tmp_path / "log").mkdir()
     (tmp_path / "log/f.csv").write_text("user_id,timestamp,shown,y\n")
     with pytest.raises(DataError, match=r"f\.csv: is named csv, but parquet is to be read"):
         shown(tmp_path, tmp_path / "log", context=[])
-    assert ImpressionTable(Store.open(tmp_path / "s")).num_rows == 2  # the table before stays
+    assert ImpressionTable(Store.open(tmp_path / "s")).num_rows == 1  # the table before stays

@@ -99,6 +99,16 @@ def test_a_run_of_two_ranks_resumes_on_one(overrides, two_ranks, tmp_path):
     assert got == pytest.approx(want, rel=1e-4) and sorted(got) == list(range(1, STEPS + 1))
 
 
+def test_a_file_that_another_rank_wrote_is_checked_too(two_ranks, tmp_path):
+    run_dir = tmp_path / "damaged"
+    shutil.copytree(two_ranks[0], run_dir)
+    with (run_dir / f"checkpoints/step-{STEPS:08d}/__1_0.distcp").open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes([file.read(1)[0] ^ 1]))
+    figures = helpers.run("evaluate", f"run={run_dir}", "checkpoint=last", ranks=2)
+    assert f"step-{STEPS:08d}/__1_0.distcp is damaged" in figures["stderr"] and figures["step"] < STEPS
+
+
 def test_errors_name_the_cause_and_the_remedy(store, two_ranks, overrides, tmp_path):
     run_dir, _ = two_ranks
     code, text = helpers.fail("train", *overrides, f"run.dir={run_dir}")

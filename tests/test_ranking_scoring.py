@@ -53,7 +53,11 @@ def test_scores_are_those_of_evaluation_in_the_input_order_and_resumed(run):
     assert scored["item_id"].to_pylist() == lists["item_id"].to_pylist()
     assert figures["rows"] == len(lists) and figures["candidates_per_s"] > 0 and figures["unknown_candidates"] == 0
 
-    two = helpers.run("score", *arguments, f"out={run}/two", ranks=2)
+    # On two ranks, with the same moments in milliseconds.
+    in_ms = lists.set_column(2, "timestamp", pa.array(lists["timestamp"].to_numpy() * 1000))
+    pq.write_table(in_ms, run / "lists_ms.parquet", row_group_size=50)
+    of_ms = [f"candidates={run}/lists_ms.parquet", "timestamp_unit=ms"]
+    two = helpers.run("score", *arguments[:2], *of_ms, *arguments[3:], f"out={run}/two", ranks=2)
     for label in ("click", "kept"):
         one, other = (pc.list_flatten(read(run / name)[label]).to_numpy() for name in ("scores", "two"))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

@@ -48,6 +48,7 @@ FLOAT32 = SPREAD.astype(np.float32)
         (SPREAD, "ms", r"the newest, 170\d+, is 1970-01-20T\S+Z in ms. In s it is 202\d-.*: set timestamp_unit=s"),
         (SPREAD * 1000, "us", r"is 1970-01-20T\S+Z in us. In ms it is 202\d-.*: set timestamp_unit=ms"),
         (SPREAD, "ns", r"is 1970-01-01T00:00:01Z in ns. In s it is 202\d-.*: set timestamp_unit=s"),
+        (pa.array(SPREAD, pa.timestamp("ns")), "ns", r"In s it is 202\d-.*: make the column again from numbers in s"),
         ([*SPREAD.tolist(), 0, 253_370_764_800_000], "ms", r"In s it is 202\d-.*: set timestamp_unit=s"),
         ([20231118, 20240102], "s", r"1970-08-23T\S+Z in s. All look like dates written as YYYYMMDD.*\(2024-01-02\)"),
         (FLOAT32, "s", r"All are numbers that a float32 holds, which knows times to 64 or 128 s"),

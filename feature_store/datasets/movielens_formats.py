@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as csv
 
 from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.limits import check_zip
 
 EVENT_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 USER_SCHEMA = pa.schema(
@@ -51,6 +52,7 @@ class Bundle:
                 self.zip = zipfile.ZipFile(path)
             except zipfile.BadZipFile as error:
                 raise DataError(f"{path}: not a readable zip ({error}); fetch it again") from error
+            check_zip(self.zip, path)
             self.files = {PurePosixPath(n).name: n for n in self.zip.namelist() if not n.endswith("/")}
         else:
             raise DataError(

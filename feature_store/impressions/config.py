@@ -42,7 +42,7 @@ class ImpressionConfig:
     )
     label_thresholds: dict[str, float] = field(
         default_factory=dict,
-        metadata={"help": "For labels on another scale, {stars: 4}: 1 where the value is at least that, else 0."},
+        metadata={"help": "For labels on another scale, {stars: 4}: 1 where the value is at least 4, else 0."},
     )
     context_columns: list[str] = field(
         default_factory=list,

@@ -110,7 +110,7 @@ class ImpressionEngine:
         except duckdb.OutOfMemoryException:
             raise
         except duckdb.Error as error:
-            raise DataError(unreadable(path, error)) from error
+            raise DataError(unreadable(path, error, has_quotes=False)) from error
         self._check(path, first)
         self._check_range(path, first, time_kind)
         return count
@@ -176,10 +176,10 @@ class ImpressionEngine:
     def _columns(self, path: Location, schema: pa.Schema) -> dict[str, Column]:
         """Input column -> what is in it; DataError where it is missing or odd."""
         config, columns = self._config, {}
-        settings = dict.fromkeys(config.context_columns, "context_columns")
-        settings |= dict.fromkeys(config.label_columns, "label_columns")
-        settings |= {getattr(config, setting): setting for setting in SINGLE_COLUMNS}
-        for name, setting in settings.items():
+        named = [(getattr(config, setting), setting) for setting in SINGLE_COLUMNS]
+        named += [(name, "label_columns") for name in config.label_columns]
+        named += [(name, "context_columns") for name in config.context_columns]
+        for name, setting in named:
             sql = find_column(path, schema.names, name, setting=setting)
             type = schema.field(name).type if name in schema.names else pa.string()
             column = columns[name] = Column(sql, type.value_type if is_list(type) else type, is_list(type))
@@ -234,7 +234,7 @@ class ImpressionEngine:
             remedy = (
                 "write null where there is no label"
                 if value != value
-                else f"scale it, or set 'data.impressions.label_thresholds={{{name}: 4}}' for 1 at 4 or more and else 0"
+                else f"scale it, or set +data.impressions.label_thresholds.{name}=4 for 1 at 4 or more, else 0"
             )
             raise DataError(
                 f"{path}: impression in row {row - first + 1}: label '{name}' is {value:g}, not from 0 to 1; {remedy}"

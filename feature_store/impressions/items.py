@@ -11,6 +11,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.impressions.cutter import flat_list, list_array
+from elastic_rec.feature_store.sources import cast_ids
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 
 
@@ -31,7 +32,9 @@ def item_attributes(config: ImpressionConfig, items: Vocabulary) -> tuple[pa.Tab
         raise DataError(f"{path}: item attributes cannot be read ({error})") from error
     if missing := [name for name in [config.item_column, *names] if name not in table.column_names]:
         raise DataError(f"{path}: no column {missing}; it has: {there}")
-    rows = _row_of_index(items.encode(table[config.item_column]), items.size, path)
+    stored = "int64" if pa.types.is_int64(items.ids.type) else "string"
+    ids = cast_ids(table[config.item_column].combine_chunks(), stored, where=f"{path}: {config.item_column}")
+    rows = _row_of_index(items.encode(ids), items.size, path)
     columns, vocabularies = {}, {}
     for name in names:
         columns[name], vocabularies[name] = _bags(table[name], name, rows)

@@ -24,6 +24,11 @@ class Reads(StrEnum):
     events = "events"
 
 
+# Beyond these a number is a slip: one layer alone would not fit any machine.
+MOST = {"width": 1 << 14, "heads": 1 << 8, "layers": 1 << 8, "experts": 1 << 16, "ffn_multiple": 64, "chunk": 1 << 20}
+MOST_KEYS = 1 << 15
+
+
 @dataclass
 class TowerConfig:
     width: int = field(default=64, metadata={"help": "Width D of event embeddings, experts and queries."})
@@ -75,9 +80,9 @@ class TowerConfig:
 
     def __post_init__(self) -> None:
         self.attention, self.time, self.reads = Attention(self.attention), Time(self.time), Reads(self.reads)
-        for name in ("width", "heads", "layers", "experts", "ffn_multiple", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} = {getattr(self, name)}: set it to 1 or more")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"model.{name} = {getattr(self, name)}: set it to 1 or more, at most {most}")
         if not 0 <= self.moments <= self.width:
             raise ValueError(f"model.moments = {self.moments}: set it between 0 and model.width = {self.width}")
         if self.moments and self.attention is not Attention.causal:
@@ -105,8 +110,11 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_keys", "heads", "top_r"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"memory.{name} = {getattr(self, name)}: set it to 1 or more")
+            if not 1 <= getattr(self, name) <= MOST_KEYS:
+                raise ValueError(
+                    f"memory.{name} = {getattr(self, name)}: set it to 1 or more, at most {MOST_KEYS} (the bank has "
+                    "num_keys^2 slots)"
+                )
         if self.top_r > self.num_keys:
             raise ValueError(
                 f"memory.top_r = {self.top_r} exceeds memory.num_keys = {self.num_keys}: set top_r <= {self.num_keys}"

@@ -1,0 +1,110 @@
+"""Files that claim more than they can hold, and numbers that are slips of the pen: refused before anything is built."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import zipfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from elastic_rec.feature_store import limits
+from elastic_rec.feature_store.datasets import fetch
+from elastic_rec.feature_store.datasets.movielens_formats import Bundle
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.ingest import IngestConfig, ingest
+from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.pipeline.errors import ConfigError
+from elastic_rec.pipeline.ranking_scoring import _check_claim
+from elastic_rec.pipeline.schema import EvaluateConfig, RunConfig, ScoreConfig
+from elastic_rec.pipeline.sharding import ParallelConfig
+
+ZEROS = bytes(1 << 20)
+
+
+@pytest.fixture
+def zeros(monkeypatch) -> list[bytes]:
+    """A little more than is always allowed, which is lowered here."""
+    monkeypatch.setattr(limits, "ALWAYS_BYTES", 8 << 20)
+    return [ZEROS] * 9
+
+
+def test_a_zip_that_grows_a_thousandfold(zeros, tmp_path):
+    path = tmp_path / "ml-100k.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("u.item", "w") as member:
+        for block in zeros:
+            member.write(block)
+    assert path.stat().st_size < 12_000
+    with pytest.raises(DataError, match=r"ml-100k.zip: u.item: [\d,]+ bytes unpack to 9,437,184 or more, over 200"):
+        Bundle(path)
+
+
+def test_a_gzip_that_grows_a_thousandfold_is_read_no_farther_than_the_limit(zeros, tmp_path):
+    path = tmp_path / "events.csv.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b"user_id,item_id,timestamp\n")
+        for block in zeros * 3:
+            file.write(block)
+    with pytest.raises(DataError, match=r"events.csv.gz: [\d,]+ bytes unpack to 9,437,184 or more"):
+        ingest(IngestConfig(input=[str(path)], out=str(tmp_path / "store")))
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_download_that_does_not_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MOST_BYTES", 10 << 20)
+    with pytest.raises(DataError, match="x: over 10,485,760 bytes"):
+        fetch.copy_checked(io.BytesIO(ZEROS * 30), tmp_path / "x", algorithm="md5", expected="", name="x")
+    assert not list(tmp_path.iterdir())
+
+
+def varint(number: int) -> bytes:
+    """As Thrift's compact protocol writes an i64."""
+    number, out = number << 1, bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def test_candidates_that_claim_two_to_the_forty_rows(tmp_path):
+    path = tmp_path / "lists.parquet"
+    pq.write_table(pa.table({"user_id": range(12_345), "item_id": range(12_345)}), path)
+    _check_claim(path, pq.read_metadata(path), 12_345, 65_536)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<I", content[-8:-4])
+    footer = content[-8 - length : -8].replace(varint(12_345), varint(1 << 40))
+    path.write_bytes(content[: -8 - length] + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    assert pq.read_metadata(path).num_rows == 1 << 40
+    with pytest.raises(ConfigError, match=r"says that it has 1,099,511,627,776 rows in [\d,]+ bytes.+ is damaged"):
+        _check_claim(path, pq.read_metadata(path), 1 << 40, 65_536)
+
+
+def test_more_parts_than_names(tmp_path):
+    path = tmp_path / "lists.parquet"
+    pq.write_table(pa.table({"user_id": [1], "item_id": [1]}), path)
+    with pytest.raises(ConfigError, match="set part_rows to at least 11"):
+        _check_claim(path, pq.read_metadata(path), 1_000_001, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: TowerConfig(width=10**8), "model.width = 100000000: set it to 1 or more, at most 16384"),
+        (lambda: TowerConfig(chunk=10**9), "model.chunk"),
+        (lambda: TowerConfig(experts=10**7), "model.experts"),
+        (lambda: MemoryConfig(num_keys=10**6), "memory.num_keys = 1000000: set it to 1 or more, at most 32768"),
+        (lambda: ScoreConfig(k=10**12), "k=1000000000000: set it to at most 100000"),
+        (lambda: ScoreConfig(part_rows=10**12), "part_rows"),
+        (lambda: EvaluateConfig(k=[10, 10**12]), "at most 100000"),
+        (lambda: EvaluateConfig(k=[0, 10]), "1 or more"),
+        (lambda: RunConfig(seed=10**20), "run.seed"),
+        (lambda: IngestConfig(threads=10**8), "up to 4096"),
+        (lambda: ParallelConfig(timeout_s=0), "parallel.timeout_s=0: set 1 to 604800"),
+    ],
+)
+def test_numbers_that_no_machine_can_hold(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
