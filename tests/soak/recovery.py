@@ -26,6 +26,11 @@ def is_through(job: Job, ended: Ended) -> bool:
     return ended.is_good or job.done in ended.text
 
 
-def _difference(found: dict, want: dict) -> str:
-    keys = [key for key in sorted({*found, *want}) if found.get(key) != want.get(key)]
-    return "\n".join(f"{key}: {found.get(key)}, undisturbed {want.get(key)}" for key in keys[:20])
+def _difference(found: dict, want: dict, path: str = "") -> str:
+    """A line for each value that differs."""
+    lines = []
+    for key in [key for key in sorted({*found, *want}) if found.get(key) != want.get(key)]:
+        a, b = found.get(key), want.get(key)
+        both = isinstance(a, dict) and isinstance(b, dict)
+        lines.append(_difference(a, b, f"{path}{key}/") if both else f"{path}{key}: {a}, undisturbed {b}")
+    return "\n".join(lines)

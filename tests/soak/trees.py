@@ -53,9 +53,12 @@ def flip(path: Path, draw: random.Random) -> str:
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """Loss of each step, and each validation, of a run's metrics.jsonl."""
+    """Loss of each step, and each validation, of a run's metrics.jsonl; the use of the memory's slots is left out: it is
+    counted since the run was started, or went on."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {f"{line['kind']} {line['step']}": line["loss"] if line["kind"] == "train" else line for line in lines}
+    valid = [line for line in lines if line["kind"] == "valid"]
+    losses = {f"loss {line['step']}": line["loss"] for line in lines if line["kind"] == "train"}
+    return losses | {f"valid {v['step']}": {key: v[key] for key in v if not key.startswith("memory_")} for v in valid}
 
 
 def weights(run: Path) -> Tree:
