@@ -4,15 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 # STACK=cpu or STACK=cuda overrides the choice that packaging/install.py makes by asking nvidia-smi.
 STACK ?= auto
-# Handed on by demo and test: make demo ARGS="...", make test ARGS="-k lda -x"
+# Handed on by demo, test and soak: make demo ARGS="...", make test ARGS="-k lda -x"
 ARGS ?=
+# How long make soak may take.
+MINUTES ?= 5
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs clean
+.PHONY: help install demo test soak lint format docs clean
 
 help: ## list these targets
-	@echo "usage: make TARGET [ARGS=...] [PYTHON=python3.12] [VENV=.venv] [STACK=auto|cpu|cuda]"
+	@echo "usage: make TARGET [ARGS=...] [MINUTES=n] [PYTHON=python3.12] [VENV=.venv] [STACK=auto|cpu|cuda]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 install: ## make .venv, or bring it up to date (Python 3.11 or 3.12; CPU or CUDA stack)
@@ -23,6 +25,9 @@ demo: install ## raw MovieLens events -> history store -> trained, evaluated and
 
 test: install ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+soak: install ## inject faults for MINUTES minutes (default 5) and print what was survived
+	@$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(ARGS)
 
 lint: install ## ruff: rules and format, changes nothing
 	@$(BIN)/python -m ruff check .

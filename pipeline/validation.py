@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
-from elastic_rec.feature_store.atomic_write import write_json
+from elastic_rec.feature_store.checked import read_checked, write_checked
+from elastic_rec.feature_store.errors import DataError
 from elastic_rec.models.elastic.memory import slot_usage
 from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.data_schema import Seen
@@ -79,9 +79,18 @@ class Validation:
 
     def _known(self) -> dict[str, dict[str, Any]] | None:
         """What was measured before this run was resumed."""
-        found = [json.loads(self.path.read_text()) if self.task.world.is_main and self.path.exists() else None]
+        found = [self._read() if self.task.world.is_main else None]
         dist.broadcast_object_list(found)
         return found[0]
+
+    def _read(self) -> dict[str, dict[str, Any]] | None:
+        try:
+            return read_checked(self.path)
+        except FileNotFoundError:
+            return None
+        except DataError as error:
+            self.task.world.say(f"{error}: counting baselines are measured again")
+            return None
 
     def _measure(self) -> dict[str, dict[str, Any]]:
         task, config = self.task, self.task.config
@@ -93,7 +102,7 @@ class Validation:
         best = max(figures, key=lambda name: figures[name][task.metric])
         task.world.say(f"best counting baseline on validation: {best}, {task.metric} {figures[best][task.metric]:.4f}")
         if task.world.is_main:
-            write_json(self.path, figures)
+            write_checked(self.path, figures)
         return figures
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from elastic_rec.feature_store.append import append
+from elastic_rec.feature_store.checked import read_checked
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
 from elastic_rec.pipeline.errors import ConfigError, NonFiniteError
 from elastic_rec.pipeline.evaluate import run_evaluation
@@ -166,7 +167,7 @@ def test_the_checkpoint_is_chosen_by_what_is_delivered(served, world):
     for name in ("users", "hr@10", "ndcg@10", "mrr", "coverage@10", "by_target", "seen_exclude"):
         assert last[name] == figures[name], name
     assert "seen: keep" in (served.folder / "run/config.yaml").read_text()
-    known = json.loads((served.folder / "run/baselines.json").read_text())
+    known = read_checked(served.folder / "run/baselines.json")
     assert {name: known[name]["ndcg@10"] for name in known} == pytest.approx(
         {name: found["ndcg@10"] for name, found in figures["baselines"].items()}
     )
