@@ -9,6 +9,7 @@ from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.feature_store.atomic_write import write_json
+from elastic_rec.feature_store.splits import SplitKind
 from elastic_rec.models.heads.retrieval import RetrievalModel
 from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.data_schema import Seen
@@ -17,7 +18,7 @@ from elastic_rec.pipeline.evaluation import below_baseline, evaluate, measure_ba
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.run_folder import load_model, read_config
-from elastic_rec.pipeline.schema import EvaluateConfig
+from elastic_rec.pipeline.schema import EvaluateConfig, Task, TrainConfig
 from elastic_rec.pipeline.targets import Survey, require_targets, resolve_seen, survey
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.tasks import AnyTask
@@ -32,6 +33,7 @@ def main(config: EvaluateConfig, world: World) -> dict:
 
 def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     run = read_config(config.run)
+    _refuse_trained_targets(run, config)
     if config.store:  # a run's generation says nothing about another store
         run.data.store, run.data.generation = config.store, config.generation
     elif config.generation is not None:
@@ -62,6 +64,19 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     if world.is_main:
         write_json(Path(config.run) / f"{_name(config)}.json", figures)
     return figures
+
+
+def _refuse_trained_targets(run: TrainConfig, config: EvaluateConfig) -> None:
+    """Leave-one-out: the last events of an earlier generation of the run's own store were trained on."""
+    data = run.data
+    is_own = not config.store or str(Path(config.store).resolve()) == data.store
+    is_earlier = is_own and None not in (config.generation, data.generation) and config.generation < data.generation
+    if is_earlier and run.task is Task.next_item and data.split.kind is SplitKind.leave_one_out:
+        raise ConfigError(
+            f"generation={config.generation} is earlier than the run's, {data.generation}: with "
+            "data.split.kind=leave_one_out its targets are among the events the run was trained on; set generation="
+            f"{data.generation} or later, or leave it out"
+        )
 
 
 def _next_item(task: NextItemTask, model: RetrievalModel, config: EvaluateConfig, **settings) -> dict:
