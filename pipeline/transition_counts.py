@@ -19,6 +19,7 @@ from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.world import World, of_each_rank
 
 MAX_PAIRS = 1 << 24  # 256 MiB of keys and counts
 MERGE_AT = 1 << 22  # new transitions that wait for being merged
@@ -99,7 +100,7 @@ def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = M
     counts_V = counts_V.to(world.device)
     dist.all_reduce(counts_V)
     if world.size > 1:
-        pairs = _from_all_ranks(pairs, world.device, world.size)
+        pairs = _from_all_ranks(pairs, world)
     if pairs.lost_up_to:
         world.say(
             f"baselines: more than {max_pairs} different transitions; rare ones are left out, and a count may be up to "
@@ -119,18 +120,11 @@ def training_items(task: NextItemTask, histories: Histories) -> tuple[np.ndarray
     return histories.columns["item"][training], place[training] > 0
 
 
-def _from_all_ranks(pairs: PairCounter, device: torch.device, num_ranks: int) -> PairCounter:
-    """The sum of all ranks' counts, on every rank. Ranks take turns, so that one rank's pairs are there beside it."""
+def _from_all_ranks(pairs: PairCounter, world: World) -> PairCounter:
+    """The sum of all ranks' counts, on every rank."""
     total = PairCounter(pairs.max_pairs)
-    for rank in range(num_ranks):
-        about = torch.tensor([len(pairs.keys), pairs.lost_up_to], device=device)
-        dist.broadcast(about, rank)
-        size, lost = about.tolist()
-        table = torch.zeros(2, size, dtype=torch.int64, device=device)
-        if dist.get_rank() == rank:
-            table.copy_(torch.from_numpy(np.stack([pairs.keys, pairs.counts])))
-        dist.broadcast(table, rank)
-        total.add(*table.cpu().numpy())
+    for table, lost in of_each_rank(world, np.stack([pairs.keys, pairs.counts]), pairs.lost_up_to):
+        total.add(*table)
         total.lost_up_to += lost
     total.merge()
     return total
