@@ -25,6 +25,8 @@ from elastic_rec.pipeline.tasks import AnyTask
 from elastic_rec.pipeline.validation import warn_below, warn_of_misses
 from elastic_rec.pipeline.world import World
 
+KEY_OF = {"seen": Task.next_item, "min_item_count": Task.next_item, "max_history": Task.ranking}
+
 
 @verb("evaluate", EvaluateConfig, distributed=True)
 def main(config: EvaluateConfig, world: World) -> dict:
@@ -33,6 +35,9 @@ def main(config: EvaluateConfig, world: World) -> dict:
 
 def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     run = read_config(config.run)
+    for key, owner in KEY_OF.items():
+        if run.task is not owner and getattr(config, key):
+            raise ConfigError(f"{key}={getattr(config, key)}: only for runs with task={owner}; leave it out")
     _refuse_trained_targets(run, config)
     if config.store:  # a run's generation says nothing about another store
         run.data.store, run.data.generation = config.store, config.generation
@@ -52,11 +57,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     about |= {"store": str(task.store.path), "generation": task.store.generation}
     settings = {"stage": config.stage, "length_edges": config.length_edges, "batch_size": config.batch_size}
     if isinstance(task, RankingTask):
-        if config.seen:
-            raise ConfigError(f"seen={config.seen.value}: only for runs with task=next_item; leave it out")
         figures = task.evaluate(model, **settings, max_history=config.max_history)
-    elif config.max_history:
-        raise ConfigError(f"max_history={config.max_history}: only for runs with task=ranking; leave it out")
     else:
         seen = resolve_seen(task, config.seen or run.data.seen, surveys[0])
         figures = _next_item(task, model, config, **settings, k=config.k, seen=seen)

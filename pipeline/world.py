@@ -47,8 +47,10 @@ class World:
 
 
 def of_each_rank(world: World, table_2N: np.ndarray, about: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Every rank's int64 table, N differing, and its number; one at a time, so that memory does not grow with the
-    ranks. Collective."""
+    """(table, number) of every rank in turn, so that memory does not grow with the ranks. Collective.
+
+    table_2N: this rank's, int64; N may differ. about: this rank's number.
+    """
     for rank in range(world.size):
         head = torch.tensor([table_2N.shape[1], about], device=world.device)
         dist.broadcast(head, src=rank)
