@@ -18,7 +18,7 @@ from elastic_rec.pipeline.evaluation import below_baseline, evaluate, measure_ba
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.run_folder import load_model, read_config
-from elastic_rec.pipeline.schema import EvaluateConfig, Task, TrainConfig
+from elastic_rec.pipeline.schema import EvaluateConfig, Task
 from elastic_rec.pipeline.targets import Survey, require_targets, resolve_seen, survey
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.tasks import AnyTask
@@ -38,7 +38,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     for key, owner in KEY_OF.items():
         if run.task is not owner and getattr(config, key):
             raise ConfigError(f"{key}={getattr(config, key)}: only for runs with task={owner}; leave it out")
-    _refuse_trained_targets(run, config)
+    trained_on = run.data.store, run.data.generation
     if config.store:  # a run's generation says nothing about another store
         run.data.store, run.data.generation = config.store, config.generation
     elif config.generation is not None:
@@ -47,6 +47,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
 
     def look(task: AnyTask) -> None:
         if isinstance(task, NextItemTask):
+            _refuse_trained_targets(task, *trained_on)
             surveys.append(survey(task))
             require_targets(task, surveys[0], [config.stage])
 
@@ -67,16 +68,13 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     return figures
 
 
-def _refuse_trained_targets(run: TrainConfig, config: EvaluateConfig) -> None:
-    """Leave-one-out: the last events of an earlier generation of the run's own store were trained on."""
-    data = run.data
-    is_own = not config.store or str(Path(config.store).resolve()) == data.store
-    is_earlier = is_own and None not in (config.generation, data.generation) and config.generation < data.generation
-    if is_earlier and run.task is Task.next_item and data.split.kind is SplitKind.leave_one_out:
+def _refuse_trained_targets(task: NextItemTask, store: str, generation: int) -> None:
+    """Leave-one-out: the last events of an earlier generation of what a run was trained on were training events."""
+    now, kind = task.store.generation, task.config.data.split.kind
+    if kind is SplitKind.leave_one_out and str(task.store.path.resolve()) == store and now < generation:
         raise ConfigError(
-            f"generation={config.generation} is earlier than the run's, {data.generation}: with "
-            "data.split.kind=leave_one_out its targets are among the events the run was trained on; set generation="
-            f"{data.generation} or later, or leave it out"
+            f"generation {now} of {store} is earlier than the run's, {generation}: with data.split.kind=leave_one_out "
+            f"its targets are among the events the run was trained on; set generation={generation} or later"
         )
 
 
