@@ -162,7 +162,7 @@ def test_targets_of_an_earlier_generation_were_trained_on(world, tmp_path):
     config.model.width, config.model.heads, config.model.layers, config.model.experts = 8, 2, 1, 2
     train(config, world)
     for where in ("", store):
-        with pytest.raises(ConfigError, match="generation 0 of .* is earlier than the run's, 1: with .* trained on"):
+        with pytest.raises(ConfigError, match=r"generation 0 of .* is earlier than the run's, 1: with .* trained on"):
             run_evaluation(EvaluateConfig(run=config.run.dir, store=where, generation=0), world)
     assert run_evaluation(EvaluateConfig(run=config.run.dir, generation=1), world)["users"] == 9
 
