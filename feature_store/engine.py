@@ -67,9 +67,8 @@ class DuckEngine:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._db.close()
         if isinstance(error, duckdb.OutOfMemoryException):
-            raise DataError(
-                f"memory_limit={self._memory_limit} is too small ({error}); raise it or lower threads"
-            ) from error
+            remedy = "raise it or lower threads"
+            raise DataError(f"memory_limit={self._memory_limit} is too small ({error}); {remedy}") from error
 
     def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
         """Stages all files in order; one entry {path, format, bytes, sha256, events} each. columns: role -> input

@@ -81,6 +81,7 @@ def codec(path: Location) -> str | None:
 def _files_of(entry: str) -> tuple[Location | None, list[Location]]:
     """(the folder that was looked through, None for a file named as such; the files). A local name with wildcards may
     be a file's or folder's own."""
+    entry = entry.removeprefix("file://")
     if "://" not in entry or not WILDCARD.search(entry):
         place = open_location(entry)
         if place.is_file():

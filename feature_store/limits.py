@@ -1,4 +1,4 @@
-"""Limits on what a small file may claim to be: packed files that grow a thousandfold fill a disk or memory."""
+"""Limits on what a small file may claim to be: what grows a thousandfold when it is read fills a disk or memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow.parquet as pq
+
 from elastic_rec.feature_store.errors import DataError
 
+MOST_ROWS_PER_BYTE = 1000  # a row of two constant columns takes more
 BLOCK_BYTES = 1 << 20
 # Logs and tables shrink 3- to 50-fold. Deflate reaches 1,032-fold, on nothing but repetition.
 MOST_GROWTH = 200
@@ -36,3 +39,13 @@ def copy_unpacked(source: BinaryIO, target: BinaryIO, *, name: str | Path, packe
         unpacked_bytes += len(block)
         check_growth(name, packed_bytes=packed_bytes, unpacked_bytes=unpacked_bytes)
         target.write(block)
+
+
+def check_footer(name: str | Path, footer: pq.FileMetaData, *, size_bytes: int) -> None:
+    """DataError for a Parquet footer that cannot be true, before anything is made as large as it says."""
+    claimed, groups = footer.num_rows, [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+    if min([claimed, *groups]) < 0 or claimed > size_bytes * MOST_ROWS_PER_BYTE or claimed != sum(groups):
+        raise DataError(
+            f"{name} says that it has {claimed:,} rows in {size_bytes:,} bytes, and row groups of {groups[:3]}: its "
+            "footer is damaged, write the file again"
+        )

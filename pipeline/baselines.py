@@ -10,8 +10,9 @@ In the last, P and frequency are shares that sum to one. Half-life and weight ar
 scores are ordered by popularity, equal popularity by a hash of the id (retrieval.tie_order). Sources: the counting
 rules of the field; the combination is ours.
 
-Legend: B users of a batch, R users of a tile, T their events end to end, V items. A tile has at most TILE_CELLS scores
-and about TILE_EVENTS events, so memory is flat in users, items and history.
+Legend: B users of a batch, R users of a tile, T their events end to end, V items, S (user, item) pairs of a tile with a
+score. All other items score 0, and are never listed: a rank among them follows from the order of popularity. So memory
+is flat in users, items and history (a tile has about TILE_PAIRS pairs), and cost does not grow with the catalogue.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ import torch.distributed as dist
 
 from elastic_rec.feature_store.examples import targets_at
 from elastic_rec.feature_store.histories import Histories
+from elastic_rec.feature_store.jagged import span_indices
 from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN
 from elastic_rec.pipeline.retrieval import tie_order
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.transition_counts import TransitionCounts, count_transitions
 
-TILE_CELLS, TILE_EVENTS = 1 << 22, 1 << 22
+TILE_PAIRS = 1 << 21
 LAGS = 5
 HALF_LIVES, WEIGHTS = (5, 20, 80, 320), (0.1, 0.3, 1.0, 3.0, 10.0)
 DEFAULT_HALF_LIFE, DEFAULT_WEIGHT = 20, 3.0  # where there is no validation target
-FIT_USERS = 4096  # validation users the two numbers are fitted on
+FIT_USERS = 2048  # validation users the two numbers are fitted on
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Tile:
     """Some users of a batch and their events before the target.
 
     users: slice of the batch. owner_T: (T,) row in the tile; item_T: (T,) items; age_T: (T,) 0 for the newest event.
-    last_RL: (R, LAGS) newest items, newest first, 0 where there is none.
+    last_RL: (R, LAGS) newest items, newest first, 0 where there is none. num_items: V.
     """
 
     users: slice
@@ -52,23 +54,52 @@ class Tile:
     item_T: torch.Tensor
     age_T: torch.Tensor
     last_RL: torch.Tensor
+    num_items: int
+
+    @property
+    def cell_T(self) -> torch.Tensor:
+        """(T,) a number per (user, item): row * V + item."""
+        return self.owner_T * self.num_items + self.item_T
 
 
-def tiles(histories: Histories, before_B: np.ndarray, num_items: int, device: torch.device) -> Iterator[Tile]:
+def tiles(histories: Histories, before_B: np.ndarray, counts: TransitionCounts) -> Iterator[Tile]:
     """The users in order, with their first before_B events each."""
-    items, offsets, start = histories.columns["item"], histories.offsets, 0
-    ends_B = np.cumsum(before_B)
+    device, offsets, start = counts.counts_V.device, histories.offsets, 0
+    back_BL = before_B[:, None] - 1 - np.arange(LAGS)
+    newest_BL = np.where(back_BL >= 0, offsets[:-1, None] + back_BL, -1)
+    last_BL = torch.from_numpy(np.append(histories.columns["item"], 0)[newest_BL]).to(device)
+    pairs_B = before_B + counts.starts_V1.diff()[last_BL].sum(1).cpu().numpy()
+    ends_B = np.cumsum(pairs_B)
     while start < len(before_B):
-        fits = int(np.searchsorted(ends_B, ends_B[start] - before_B[start] + TILE_EVENTS, side="right"))
-        stop = max(start + 1, min(start + max(1, TILE_CELLS // num_items), fits))
-        n_R, first_R = before_B[start:stop], offsets[start:stop]
-        owner_T = np.repeat(np.arange(stop - start), n_R)
-        place_T = np.arange(len(owner_T)) - np.repeat(np.cumsum(n_R) - n_R, n_R)
-        back_RL = n_R[:, None] - 1 - np.arange(LAGS)
-        newest_RL = np.append(items, 0)[np.where(back_RL >= 0, first_R[:, None] + back_RL, len(items))]
-        arrays = owner_T, items[first_R[owner_T] + place_T], n_R[owner_T] - 1 - place_T, newest_RL
-        yield Tile(slice(start, stop), *(torch.from_numpy(array).to(device) for array in arrays))
-        start = stop
+        fits = int(np.searchsorted(ends_B, ends_B[start] - pairs_B[start] + TILE_PAIRS, side="right"))
+        users = slice(start, max(start + 1, fits))
+        n_R = before_B[users]
+        owner_T = np.repeat(np.arange(len(n_R)), n_R)
+        item_T = histories.columns["item"][span_indices(offsets[:-1][users], n_R)]
+        age_T = np.cumsum(n_R)[owner_T] - 1 - np.arange(len(owner_T))
+        arrays = (torch.from_numpy(array).to(device) for array in (owner_T, item_T, age_T))
+        yield Tile(users, *arrays, last_BL[users], len(counts.counts_V))
+        start = users.stop
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Pairs with a score, (S,) each: cell_S as Tile.cell_T, rising, each once; score_S float64, at least 0."""
+
+    cell_S: torch.Tensor
+    score_S: torch.Tensor
+
+    @staticmethod
+    def summed(cell_N: torch.Tensor, value_N: torch.Tensor) -> Scores:
+        """Values of the same cell are added up."""
+        cell_S, index_N = cell_N.unique(return_inverse=True)
+        return Scores(cell_S, torch.zeros_like(cell_S, dtype=torch.float64).index_add_(0, index_N, value_N))
+
+    def at(self, cell: torch.Tensor) -> torch.Tensor:
+        """The score of each cell, 0 where there is none."""
+        place = torch.searchsorted(self.cell_S, cell)
+        padded_S, score_S = (torch.nn.functional.pad(each, (0, 1), value=-1) for each in (self.cell_S, self.score_S))
+        return torch.where(padded_S[place] == cell, score_S[place], 0.0)
 
 
 class Baseline(ABC):
@@ -78,14 +109,11 @@ class Baseline(ABC):
 
     def __init__(self, counts: TransitionCounts) -> None:
         self.counts, self.settings = counts, {}
-        ids_V = torch.arange(len(counts.counts_V), device=counts.counts_V.device)
-        by_hash = tie_order(ids_V).argsort()
-        by_count = by_hash[counts.counts_V[by_hash].argsort(descending=True, stable=True)]
-        self.place_V = torch.empty_like(ids_V).scatter_(0, by_count, ids_V)  # 0 for the most popular item
+        self.place_V = places(counts.counts_V)
 
     @abstractmethod
-    def scores(self, tile: Tile) -> torch.Tensor:
-        """(R, V) float64, all at least 0; the greatest is recommended first."""
+    def scores(self, tile: Tile) -> Scores:
+        """The greatest is recommended first."""
 
     def rank_targets(
         self, histories: Histories, before_B: np.ndarray, target_B: np.ndarray, *, exclude_seen: bool
@@ -96,28 +124,45 @@ class Baseline(ABC):
         """
         target_B = torch.from_numpy(target_B).to(self.place_V.device)
         ranks = [
-            self.rank_tile(self.scores(tile), tile, target_B[tile.users], exclude_seen=exclude_seen)
-            for tile in tiles(histories, before_B, len(self.place_V), self.place_V.device)
+            rank_tile(self.scores(tile), tile, target_B[tile.users], self.place_V, exclude_seen=exclude_seen)
+            for tile in tiles(histories, before_B, self.counts)
         ]
         return torch.cat(ranks).cpu().numpy()
 
-    def rank_tile(
-        self, score_RV: torch.Tensor, tile: Tile, target_R: torch.Tensor, *, exclude_seen: bool
-    ) -> torch.Tensor:
-        """(R,) int64 0-based ranks of the targets by score_RV."""
-        target_R1 = target_R[:, None]
-        score_R1 = score_RV.gather(1, target_R1)
-        above_RV = (score_RV == score_R1) & (self.place_V < self.place_V[target_R1])
-        above_RV |= score_RV > score_R1
-        above_RV[:, :FIRST] = False
-        if exclude_seen:
-            above_RV[tile.owner_T, tile.item_T] = False
-        return above_RV.sum(1)
 
-    def nothing(self, tile: Tile) -> torch.Tensor:
-        """(R, V) zeros."""
-        shape = len(tile.last_RL), len(self.place_V)
-        return torch.zeros(shape, dtype=torch.float64, device=self.place_V.device)
+def places(counts_V: torch.Tensor) -> torch.Tensor:
+    """(V,) int64: each item's place in the order of popularity, 0 for the first; PAD and UNKNOWN come after all."""
+    ids_V = torch.arange(len(counts_V), device=counts_V.device)
+    by_hash = tie_order(ids_V).argsort()
+    key_V = torch.where(by_hash < FIRST, -1.0, counts_V[by_hash])
+    return torch.empty_like(ids_V).scatter_(0, by_hash[key_V.argsort(descending=True, stable=True)], ids_V)
+
+
+def rank_tile(
+    scores: Scores, tile: Tile, target_R: torch.Tensor, place_V: torch.Tensor, *, exclude_seen: bool
+) -> torch.Tensor:
+    """(R,) int64 0-based ranks of the targets by `scores`, equal ones by place_V.
+
+    Pairs with a score are compared one by one. A target without a score also has before it all items without one that
+    are more popular: all more popular items, less those with a score and those excluded.
+    """
+    num_users, V = len(target_R), tile.num_items
+    score_R = scores.at(torch.arange(num_users, device=target_R.device) * V + target_R)
+    place_R = place_V[target_R]
+    rival_S = (scores.cell_S % V) >= FIRST
+    if exclude_seen:
+        seen_S = tile.cell_T.unique()
+        rival_S &= ~torch.isin(scores.cell_S, seen_S, assume_unique=True)
+    owner_S, is_ahead_S = scores.cell_S // V, place_V[scores.cell_S % V] < place_R[scores.cell_S // V]
+    equal_S = scores.score_S == score_R[owner_S]
+    above_S = rival_S & ((scores.score_S > score_R[owner_S]) | (equal_S & is_ahead_S))
+    rank_R = torch.bincount(owner_S[above_S], minlength=num_users)
+    others_R = place_R - torch.bincount(owner_S[rival_S & is_ahead_S], minlength=num_users)
+    if exclude_seen:
+        seen_S = seen_S[seen_S % V >= FIRST]
+        owner_S = seen_S // V
+        others_R -= torch.bincount(owner_S[place_V[seen_S % V] < place_R[owner_S]], minlength=num_users)
+    return rank_R + torch.where(score_R == 0, others_R, 0)
 
 
 class Popularity(Baseline):
@@ -125,8 +170,8 @@ class Popularity(Baseline):
 
     name = "popularity"
 
-    def scores(self, tile: Tile) -> torch.Tensor:
-        return self.counts.counts_V.expand(len(tile.last_RL), -1)
+    def scores(self, tile: Tile) -> Scores:
+        return Scores(tile.cell_T[:0], torch.zeros(0, dtype=torch.float64, device=tile.cell_T.device))
 
 
 class LastItem(Baseline):
@@ -134,8 +179,9 @@ class LastItem(Baseline):
 
     name = "last_item"
 
-    def scores(self, tile: Tile) -> torch.Tensor:
-        return add_successors(self.nothing(tile), self.counts, tile.last_RL[:, 0], self.counts.pair_count_P)
+    def scores(self, tile: Tile) -> Scores:
+        cell_S, place_S = successors(self.counts, tile, 0)
+        return Scores(cell_S, self.counts.pair_count_P[place_S])
 
 
 class Recent(Baseline):
@@ -143,11 +189,10 @@ class Recent(Baseline):
 
     name = "recent"
 
-    def scores(self, tile: Tile) -> torch.Tensor:
-        score_RV = self.nothing(tile)
-        cell_T = tile.owner_T * score_RV.shape[1] + tile.item_T
-        score_RV.view(-1).scatter_reduce_(0, cell_T, 1 / (1 + tile.age_T.double()), "amax")
-        return score_RV
+    def scores(self, tile: Tile) -> Scores:
+        cell_S, index_T = tile.cell_T.unique(return_inverse=True)
+        score_S = torch.zeros_like(cell_S, dtype=torch.float64)
+        return Scores(cell_S, score_S.scatter_reduce_(0, index_T, 1 / (1 + tile.age_T.double()), "amax"))
 
 
 class Frequency(Baseline):
@@ -159,8 +204,8 @@ class Frequency(Baseline):
         super().__init__(counts)
         self.settings = {"half_life": half_life}
 
-    def scores(self, tile: Tile) -> torch.Tensor:
-        return frequency(self.nothing(tile), tile, self.settings["half_life"])
+    def scores(self, tile: Tile) -> Scores:
+        return Scores.summed(tile.cell_T, shares(tile, self.settings["half_life"]))
 
 
 class MarkovFrequency(Baseline):
@@ -174,36 +219,32 @@ class MarkovFrequency(Baseline):
         first_P = torch.repeat_interleave(counts.starts_V1.diff())
         self.share_P = counts.pair_count_P / counts.total_V[first_P]
 
-    def scores(self, tile: Tile) -> torch.Tensor:
-        own_RV = frequency(self.nothing(tile), tile, self.settings["half_life"])
-        return self.markov(tile) + self.settings["weight"] * own_RV
+    def scores(self, tile: Tile) -> Scores:
+        cells, values = self.markov(tile)
+        own_T = self.settings["weight"] * shares(tile, self.settings["half_life"])
+        return Scores.summed(torch.cat([*cells, tile.cell_T]), torch.cat([*values, own_T]))
 
-    def markov(self, tile: Tile) -> torch.Tensor:
-        """(R, V): sum over lags l of 1/l * share of the l-th newest item's transitions."""
-        score_RV = self.nothing(tile)
-        for lag in range(LAGS):
-            add_successors(score_RV, self.counts, tile.last_RL[:, lag], self.share_P / (lag + 1))
-        return score_RV
+    def markov(self, tile: Tile) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Per lag l: cells, and 1/l * share of the l-th newest item's transitions."""
+        found = [successors(self.counts, tile, lag) for lag in range(LAGS)]
+        return [cell for cell, _ in found], [self.share_P[place] / (l + 1) for l, (_, place) in enumerate(found)]
 
 
-def add_successors(
-    score_RV: torch.Tensor, counts: TransitionCounts, item_R: torch.Tensor, value_P: torch.Tensor
-) -> torch.Tensor:
-    """Adds value_P of every transition out of each row's item, in place."""
+def successors(counts: TransitionCounts, tile: Tile, lag: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cells, places in counts.next_P) of all that followed each user's newest item but `lag`; cells rise."""
+    item_R = tile.last_RL[:, lag]
     first_R = counts.starts_V1[item_R]
     count_R = counts.starts_V1[item_R + 1] - first_R
     row = torch.repeat_interleave(count_R)
-    within = torch.arange(len(row), device=row.device) - (count_R.cumsum(0) - count_R)[row]
-    place = first_R[row] + within
-    score_RV.view(-1).index_add_(0, row * score_RV.shape[1] + counts.next_P[place], value_P[place])
-    return score_RV
+    place = first_R[row] + torch.arange(len(row), device=row.device) - (count_R.cumsum(0) - count_R)[row]
+    return row * tile.num_items + counts.next_P[place], place
 
 
-def frequency(score_RV: torch.Tensor, tile: Tile, half_life: float) -> torch.Tensor:
-    """Adds each user's decayed counts, as shares of their sum, in place."""
+def shares(tile: Tile, half_life: float) -> torch.Tensor:
+    """(T,) each event's decayed count, as a share of its user's sum."""
     weight_T = torch.exp2(-tile.age_T.double() / half_life)
-    score_RV.view(-1).index_add_(0, tile.owner_T * score_RV.shape[1] + tile.item_T, weight_T)
-    return score_RV.div_(score_RV.sum(1, keepdim=True).clamp_min(1e-300))
+    sum_R = weight_T.new_zeros(len(tile.last_RL)).index_add_(0, tile.owner_T, weight_T)
+    return weight_T / sum_R[tile.owner_T]
 
 
 def fit_baselines(task: NextItemTask, *, batch_size: int, exclude_seen: bool) -> list[Baseline]:
@@ -231,21 +272,30 @@ def _validation_gain(
     """(half-lives, weights + 1) float64: sum of NDCG@10 over validation targets; the last column is frequency alone."""
     model, device = MarkovFrequency(counts, half_life=1, weight=1), task.world.device
     gain_hw = torch.zeros(len(HALF_LIVES), len(WEIGHTS) + 1, dtype=torch.float64, device=device)
-    for number, histories in enumerate(task.histories(batch_size=batch_size)):
+    for number, histories in enumerate(task.histories(batch_size=batch_size, what="baselines")):
         if number * batch_size >= FIT_USERS:
             break
         before_B = split_bounds(task.config.data.split, histories).valid
         target_B, _ = targets_at(histories, np.where(before_B >= 0, histories.offsets[:-1] + before_B, -1))
-        counted_B = torch.from_numpy(target_B > UNKNOWN).to(device)
-        targets_B = torch.from_numpy(target_B).to(device)
-        for tile in tiles(histories, before_B.clip(min=0), len(model.place_V), device):
-            target_R, counted_R, markov_RV = targets_B[tile.users], counted_B[tile.users], model.markov(tile)
-            for h, half_life in enumerate(HALF_LIVES):
-                own_RV = frequency(model.nothing(tile), tile, half_life)
-                for w, weight in enumerate((*WEIGHTS, None)):
-                    score_RV = own_RV if weight is None else markov_RV + weight * own_RV
-                    rank_R = model.rank_tile(score_RV, tile, target_R, exclude_seen=exclude_seen)
-                    gain_R = ((rank_R < 10) & counted_R) / torch.log2(rank_R.double() + 2)
-                    gain_hw[h, w] += gain_R.sum()
+        target_B = torch.from_numpy(target_B).to(device)
+        for tile in tiles(histories, before_B.clip(min=0), counts):
+            gain_hw += _tile_gain(model, tile, target_B[tile.users], exclude_seen=exclude_seen)
     dist.all_reduce(gain_hw)
+    return gain_hw
+
+
+def _tile_gain(model: MarkovFrequency, tile: Tile, target_R: torch.Tensor, *, exclude_seen: bool) -> torch.Tensor:
+    """_validation_gain of one tile."""
+    cells, values = model.markov(tile)
+    markov = Scores.summed(torch.cat([*cells, tile.cell_T]), torch.cat([*values, 0.0 * tile.age_T]))
+    place_T = torch.searchsorted(markov.cell_S, tile.cell_T)
+    gain_hw = markov.score_S.new_zeros(len(HALF_LIVES), len(WEIGHTS) + 1)
+    for h, half_life in enumerate(HALF_LIVES):
+        own_S = torch.zeros_like(markov.score_S).index_add_(0, place_T, shares(tile, half_life))
+        for w, weight in enumerate((*WEIGHTS, None)):
+            score_S = own_S if weight is None else markov.score_S + weight * own_S
+            ranked = Scores(markov.cell_S, score_S)
+            rank_R = rank_tile(ranked, tile, target_R, model.place_V, exclude_seen=exclude_seen)
+            gain_R = ((rank_R < 10) & (target_R > UNKNOWN)) / torch.log2(rank_R.double() + 2)
+            gain_hw[h, w] = gain_R.sum()
     return gain_hw

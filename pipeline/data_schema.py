@@ -119,7 +119,3 @@ class VerifyConfig:
     store: str = field(default="", metadata={"help": "history store to verify, with its impressions and states"})
     run: str = field(default="", metadata={"help": "run folder whose checkpoints to verify"})
     scores: str = field(default="", metadata={"help": "folder of scores to verify"})
-
-    def __post_init__(self) -> None:
-        if not (self.store or self.run or self.scores):
-            raise ValueError("nothing to verify: set store=, run= or scores=")

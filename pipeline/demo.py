@@ -45,13 +45,15 @@ def main(config: DemoConfig) -> dict:
     stage("train", f"experiment={data}", f"data.store={store}", f"run.dir={run}", *config.train, ranks=config.ranks)
     metrics = stage("evaluate", f"run={run}", ranks=config.ranks)
     stage("score", f"run={run}", f"out={scores}", ranks=config.ranks)
-    plot = plot_run(run, out / "training.png", popularity=metrics["baselines"]["popularity"]["hr@10"])
+    counting = metrics["baselines"]
+    plot = plot_run(run, out / "training.png", popularity=counting["popularity"]["hr@10"])
+    best = max(counting, key=lambda name: counting[name]["ndcg@10"])
     return {
         "data": data,
         "hr@10": metrics["hr@10"],
         "ndcg@10": metrics["ndcg@10"],
-        "popularity_hr@10": metrics["baselines"]["popularity"]["hr@10"],
-        "last_item_hr@10": metrics["baselines"]["last_item"]["hr@10"],
+        "popularity": {name: counting["popularity"][name] for name in ("hr@10", "ndcg@10")},
+        "best_baseline": {"name": best, **{name: counting[best][name] for name in ("hr@10", "ndcg@10")}},
         "store": str(store),
         "run": str(run),
         "scores": str(scores),

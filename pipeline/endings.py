@@ -60,6 +60,7 @@ REMEDIES = {
     errno.ENOTCONN: f"the network disk is not connected: mount it again, then {AGAIN}",
     errno.ETXTBSY: "another process runs or writes that file: wait for it, or name another path",
     errno.EBUSY: "another process uses it: wait for it, or name another path",
+    errno.EPIPE: "whoever read the output has ended: run it again without the pipe for the last lines",
     errno.ENOLCK: "that disk cannot lock files: use a disk that can",
     errno.EOPNOTSUPP: "that disk cannot do it: use another disk",
     errno.ECONNREFUSED: "nothing listens there: check the address (AWS_ENDPOINT_URL, spark_master) and the network",

@@ -126,9 +126,9 @@ class ByPolicy:
     def compute(self, seen: Seen) -> dict[str, Any]:
         """Collective. seen_targets: share of targets that the user has met before, misses under seen=exclude."""
         figures = {each: metrics.compute() for each, metrics in self.metrics.items()}
-        (other,) = figures.keys() - {seen}
-        new = figures[seen]["by_target"].get("new", {"share": 0.0})
-        return {**figures[seen], "seen_targets": 1 - new["share"], f"seen_{other.value}": figures[other]}
+        met = sum(part["share"] for kind, part in figures[seen]["by_target"].items() if kind != "new")
+        both = {"seen_kept": figures[Seen.keep], "seen_excluded": figures[Seen.exclude]}
+        return {**figures[seen], "seen_targets": met, **both}
 
 
 def _ranked(held: HeldOut, device: torch.device, *values_B: np.ndarray) -> list[torch.Tensor]:

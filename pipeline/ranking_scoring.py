@@ -34,6 +34,7 @@ from elastic_rec.feature_store.impressions.batch import Bags, Impressions
 from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
+from elastic_rec.feature_store.limits import check_footer
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.sources import cast_ids, is_list
@@ -48,7 +49,6 @@ from elastic_rec.pipeline.scoring import lockstep
 from elastic_rec.pipeline.world import World
 
 MOST_PARTS = 100_000  # part-00000 to part-99999
-MOST_ROWS_PER_BYTE = 1000  # a row of two constant columns takes more
 
 
 class Part(NamedTuple):
@@ -151,7 +151,8 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         if absent:
             task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
         files.append([path, path.size(), footer.metadata.num_rows])
-        _check_claim(path, footer.metadata, sum(of_file for _, _, of_file in files), config.part_rows)
+        check_footer(f"candidates: {path}", footer.metadata, size_bytes=path.size())
+        check_parts(sum(num_rows for *_, num_rows in files), config.part_rows)
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
@@ -165,22 +166,6 @@ def _described(files: list[list], world: World) -> list[list]:
     everyone: list[list[str]] = [mine] * world.size
     dist.all_gather_object(everyone, mine)
     return [[f[0].name, *f[1:], everyone[i % world.size][i // world.size]] for i, f in enumerate(files)]
-
-
-def _check_claim(path: Location, footer: pq.FileMetaData, num_rows: int, part_rows: int) -> None:
-    """Refuse a footer that cannot be true before parts are made of it. num_rows: up to and with this file."""
-    size = path.size()
-    claims = [footer.num_rows, *(footer.row_group(group).num_rows for group in range(footer.num_row_groups))]
-    if min(claims) < 0 or max(claims) > size * MOST_ROWS_PER_BYTE or claims[0] != sum(claims[1:]):
-        raise ConfigError(
-            f"candidates: {path} says that it has {claims[0]:,} rows in {size:,} bytes, row groups of "
-            f"{claims[1:][:3]}: its footer is damaged, write the file again"
-        )
-    if num_rows > MOST_PARTS * part_rows:
-        raise ConfigError(
-            f"candidates: {num_rows:,} rows up to {path.name} are over {MOST_PARTS:,} parts of part_rows={part_rows}: "
-            f"set part_rows to at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
-        )
 
 
 @dataclass
@@ -309,3 +294,12 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
         return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
+
+
+def check_parts(num_rows: int, part_rows: int) -> None:
+    """Raises ConfigError for more parts than their names can number."""
+    if num_rows > MOST_PARTS * part_rows:
+        raise ConfigError(
+            f"candidates: {num_rows:,} rows are over {MOST_PARTS:,} parts of part_rows={part_rows}: set part_rows to "
+            f"at least {-(-num_rows // MOST_PARTS)}, or score fewer files at a time"
+        )

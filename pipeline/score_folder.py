@@ -88,7 +88,7 @@ class ScoreFolder:
     def commit(self, number: int, table: pa.Table, **about: Any) -> None:
         """Writes a part; after it the part lasts, through a power cut too. about: kept in its metadata."""
         table = table.replace_schema_metadata(None)
-        about |= {"job": self.job, "rows": len(table), "columns": _columns(table.schema)}
+        about |= {"job": self.job, "rows": len(table), "columns": _columns(_as_read(table.schema))}
         with atomic_write(self.path(number)) as aside:
             table = table.replace_schema_metadata({ABOUT: json.dumps(about)})
             pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
@@ -195,3 +195,10 @@ def about_part(path: Path, *, read: bool) -> dict[str, Any]:
 
 def _columns(schema: pa.Schema) -> str:
     return schema.to_string(show_field_metadata=False, show_schema_metadata=False)
+
+
+def _as_read(schema: pa.Schema) -> pa.Schema:
+    """What a reader of the Parquet file sees: writing renames the fields of lists, for one."""
+    written = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), written)
+    return pq.read_schema(pa.BufferReader(written.getvalue()))

@@ -20,6 +20,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterCons
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from elastic_rec.pipeline.errors import ConfigError
@@ -95,6 +96,11 @@ def make_plan(model: nn.Module, sharders: list[ModuleSharder], *, world: World, 
             raise ConfigError(
                 f"table {table.name!r} has {table.num_embeddings} rows, fewer than the {world.size} ranks: "
                 f"start at most {table.num_embeddings} ranks, or take it out of parallel.row_wise_tables"
+            )
+        if row_wise and world.device.type == "cpu" and isinstance(table, EmbeddingBagConfig):
+            raise ConfigError(
+                f"parallel.row_wise_tables names {table.name!r}, a column of impressions or items: on a CPU TorchRec "
+                "can only place such a table whole, take it out"
             )
         constraints[table.name] = ParameterConstraints(
             sharding_types=["row_wise"] if row_wise else ["table_wise"], compute_kernels=["fused"]

@@ -62,10 +62,11 @@ class Validation:
         return {**figures, **memory_usage(model)}
 
     def verdict(self, best: float | None) -> dict[str, Any]:
-        """The baselines, and the name of the best of them where `best`, the run's metric, is below it."""
-        task, baselines = self.task, self.baselines or {}
+        """The baselines, and the name of the best of them where `best`, the run's metric, is below it. Collective."""
+        task = self.task
         if isinstance(task, RankingTask):
             return {}
+        baselines = (self._known() if self.baselines is None else self.baselines) or {}  # a finished run validates none
         below = below_baseline(best, baselines, task.metric)
         if below:
             warn_below(task, best, below, baselines[below])

@@ -15,6 +15,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.verify import Findings, verify_store
 from elastic_rec.pipeline.data_schema import VerifyConfig
+from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
 
 CHECKPOINT, SCORES = "complete.json", "_manifest.json"
@@ -22,6 +23,8 @@ CHECKPOINT, SCORES = "complete.json", "_manifest.json"
 
 @verb("verify", VerifyConfig)
 def main(config: VerifyConfig) -> dict:
+    if not (config.store or config.run or config.scores):
+        raise ConfigError("nothing to verify: set store=, run= or scores=")
     began, findings = time.perf_counter(), Findings()
     if config.store:
         verify_store(open_location(config.store), findings)

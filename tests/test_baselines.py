@@ -92,11 +92,10 @@ def users_of(task: NextItemTask) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
-@pytest.mark.parametrize("cells", [64, 1 << 22])
-def test_every_baseline_ranks_as_plain_counting_does(task, monkeypatch, cells, exclude_seen):
+@pytest.mark.parametrize("pairs", [64, 1 << 22])
+def test_every_baseline_ranks_as_plain_counting_does(task, monkeypatch, pairs, exclude_seen):
     """Small tiles hold one user, large ones all. Lists of one event and users without any are among them."""
-    monkeypatch.setattr(baselines, "TILE_CELLS", cells)
-    monkeypatch.setattr(baselines, "TILE_EVENTS", cells)
+    monkeypatch.setattr(baselines, "TILE_PAIRS", pairs)
     judge = Judge(users_of(task), task.num_items)
     found = fit_baselines(task, batch_size=50, exclude_seen=exclude_seen)
     assert [b.name for b in found] == ["popularity", "last_item", "recent", "frequency", "markov_frequency"]

@@ -164,7 +164,7 @@ def test_the_checkpoint_is_chosen_by_what_is_delivered(served, world):
     (last,) = [line for line in lines if line["kind"] == "valid"][-1:]
     figures = served.evaluate(world, store="", stage="valid", k=[10], length_edges=[50])
     assert last["step"] == figures["step"] and last["seen"] == figures["seen"] == "keep"
-    for name in ("users", "hr@10", "ndcg@10", "mrr", "coverage@10", "by_target", "seen_exclude"):
+    for name in ("users", "hr@10", "ndcg@10", "mrr", "coverage@10", "by_target", "seen_kept", "seen_excluded"):
         assert last[name] == figures[name], name
     assert "seen: keep" in (served.folder / "run/config.yaml").read_text()
     known = read_checked(served.folder / "run/baselines.json")

@@ -137,6 +137,8 @@ def test_a_model_below_counting_is_named(world, store, tmp_path, capsys, monkeyp
     config.run.resume = True
     again = train(config, world)
     assert again["baselines"] == figures["baselines"]
+    finished = train(config, world)
+    assert finished["steps"] == again["steps"] and finished["baselines"] == figures["baselines"]
     found = run_evaluation(EvaluateConfig(run=str(run), checkpoint="4"), world)
     best = max(found["baselines"], key=lambda name: found["baselines"][name]["ndcg@10"])
     assert found["below_baseline"] == best and "warning:" in capsys.readouterr().err

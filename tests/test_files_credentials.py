@@ -7,7 +7,8 @@ import pytest
 
 from elastic_rec.feature_store.credentials import mask_credentials
 from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import find_files, open_location
+from elastic_rec.feature_store.filesystem import open_location
+from elastic_rec.feature_store.inputs import find_inputs
 
 SECRETS = {
     "s3://AKIA1:sec/ret+x@bucket/stores/a": "s3://***@bucket/stores/a",
@@ -28,7 +29,7 @@ HARMLESS = (
 @pytest.mark.parametrize(("url", "shown"), SECRETS.items())
 def test_a_secret_in_a_url_is_masked_and_refused(url, shown):
     assert mask_credentials(f"cannot read '{url}': gone") == f"cannot read '{shown}': gone"
-    for use in (open_location, lambda url: find_files(f"{url}/*.parquet")):
+    for use in (open_location, lambda url: find_inputs([f"{url}/*.parquet"], format="parquet")):
         with pytest.raises(DataError, match="password or key in a URL") as caught:
             use(url)
         assert shown in str(caught.value) and url not in str(caught.value)

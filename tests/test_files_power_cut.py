@@ -82,7 +82,7 @@ def test_scores_of_candidates(world, tmp_path_factory, tmp_path, monkeypatch):
     folder = tmp_path_factory.mktemp("ranking")
     store = make_ranking_store(folder, num_users=30)
     train_run(world, store, folder / "run", "optim.max_steps=2", base=RANKING)
-    users, items = np.arange(30), np.arange(30) % 24 + 100
+    users, items = np.arange(30), [[i % 24 + 100, 101] for i in range(30)]
     pq.write_table(pa.table({"user_id": users, "item_id": items}), folder / "candidates.parquet")
     settings = {"candidates": str(folder / "candidates.parquet"), "part_rows": 15}
     out = tmp_path / "root" / "scores"

@@ -158,3 +158,11 @@ def test_yaml_that_is_damaged(verbs, made, tmp_path):
     config.write_text(config.read_text().replace("model:", "model: ["))
     done = verbs.run("evaluate", f"run={tmp_path}/run")
     assert done.code == 2 and str(config) in done.last and done.err.count("\n") == 1, done.err
+
+
+def test_candidates_whose_footer_lies(verbs, made, tmp_path):
+    lists = tmp_path / "lists.parquet"
+    shutil.copy(made / "lists.parquet", lists)
+    helpers.claim_rows(lists, pq.read_metadata(lists).num_rows, 1 << 40)
+    done = verbs.run("score", f"run={made}/ranking-run", f"candidates={lists}", f"out={tmp_path}/scores")
+    assert done.code == 2 and "1,099,511,627,776 rows" in done.last and not (tmp_path / "scores").exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
-import struct
 import zipfile
 
+import helpers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +18,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.ingest import IngestConfig, ingest
 from elastic_rec.models.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.ranking_scoring import _check_claim
+from elastic_rec.pipeline.ranking_scoring import check_parts
 from elastic_rec.pipeline.schema import EvaluateConfig, RunConfig, ScoreConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
 
@@ -60,33 +60,20 @@ def test_a_download_that_does_not_end(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def varint(number: int) -> bytes:
-    """As Thrift's compact protocol writes an i64."""
-    number, out = number << 1, bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
 def test_candidates_that_claim_two_to_the_forty_rows(tmp_path):
     path = tmp_path / "lists.parquet"
     pq.write_table(pa.table({"user_id": range(12_345), "item_id": range(12_345)}), path)
-    _check_claim(path, pq.read_metadata(path), 12_345, 65_536)
-    content = path.read_bytes()
-    (length,) = struct.unpack("<I", content[-8:-4])
-    footer = content[-8 - length : -8].replace(varint(12_345), varint(1 << 40))
-    path.write_bytes(content[: -8 - length] + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    limits.check_footer(path, pq.read_metadata(path), size_bytes=path.stat().st_size)
+    helpers.claim_rows(path, 12_345, 1 << 40)
     assert pq.read_metadata(path).num_rows == 1 << 40
-    with pytest.raises(ConfigError, match=r"says that it has 1,099,511,627,776 rows in [\d,]+ bytes.+ is damaged"):
-        _check_claim(path, pq.read_metadata(path), 1 << 40, 65_536)
+    with pytest.raises(DataError, match=r"says that it has 1,099,511,627,776 rows in [\d,]+ bytes.+ is damaged"):
+        limits.check_footer(path, pq.read_metadata(path), size_bytes=path.stat().st_size)
 
 
-def test_more_parts_than_names(tmp_path):
-    path = tmp_path / "lists.parquet"
-    pq.write_table(pa.table({"user_id": [1], "item_id": [1]}), path)
+def test_more_parts_than_names():
+    check_parts(1_000_000, 10)
     with pytest.raises(ConfigError, match="set part_rows to at least 11"):
-        _check_claim(path, pq.read_metadata(path), 1_000_001, 10)
+        check_parts(1_000_001, 10)
 
 
 @pytest.mark.parametrize(

@@ -163,8 +163,11 @@ interrupts.GRACE_S = 1.5
 mutex = ctypes.create_string_buffer(64)
 with interrupts.deferred() if sys.argv[1] == "deferred" else open("/dev/null"):
     print("ready", flush=True)
-    for _ in range(2):
-        ctypes.CDLL(None).pthread_mutex_lock(mutex)  # never comes back the second time, and no signal wakes it
+    while True:
+        try:
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)  # never comes back the second time, and no signal wakes it
+        except interrupts.Interrupted:
+            pass  # as in a __del__
 """
 
 

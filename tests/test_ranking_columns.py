@@ -25,13 +25,11 @@ FIGURES = ("auc", "gauc", "ne", "calibration", "ndcg", "log_loss")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A store with three columns of each kind, and a run of two epochs on each number of ranks: on 4 with some tables
-    by rows, which TorchRec returns apart from the whole ones."""
+    """A store with three columns of each kind, and a run of two epochs on each number of ranks."""
     folder = tmp_path_factory.mktemp("columns")
     make_ranking_store(folder, num_users=40, wide=True)
     for ranks in RANKS:
-        by_rows = ["parallel.row_wise_tables=[item,bank,page,words]"] if ranks == 4 else []
-        train(folder, f"on-{ranks}", ranks, *by_rows)
+        train(folder, f"on-{ranks}", ranks)
     return folder
 
 

@@ -71,4 +71,7 @@ def test_mistakes_are_named(store, two_ranks, tmp_path):
         "train", *RANKING, f"data.store={store}", f"run.dir={tmp_path}/x", "ranking.label_weights=[1]"
     )
     assert code == 2 and "2 labels" in text
+    rows = "parallel.row_wise_tables=[item,bank,device]"
+    code, text = helpers.fail("train", *RANKING, f"data.store={store}", f"run.dir={tmp_path}/y", rows)
+    assert code == 2 and "'device', a column of impressions or items" in text
     assert not (tmp_path / "x").exists()

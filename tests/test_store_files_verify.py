@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import helpers
 import pytest
 from helpers import fail, run
 from store_files_cases import full_store
@@ -10,7 +11,6 @@ from elastic_rec.feature_store.checked import describe_file, write_checked
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.verify import Findings, verify_store
-from elastic_rec.pipeline.data_schema import VerifyConfig
 from elastic_rec.pipeline.verify import verify_run, verify_scores
 
 
@@ -110,5 +110,5 @@ def test_runs_and_scores(tmp_path):
     assert line == f"{scores}/_manifest.json is missing: the job has not ended, run it again"
     with pytest.raises(DataError, match="not a run, it has no folder checkpoints"):
         verify_run(tmp_path, Findings())
-    with pytest.raises(ValueError, match="nothing to verify: set store=, run= or scores="):
-        VerifyConfig()
+    code, message = helpers.fail("verify")
+    assert code == 2 and "nothing to verify: set store=, run= or scores=" in message

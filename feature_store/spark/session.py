@@ -54,4 +54,7 @@ def _signals_held() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         for number in come[:1]:
-            os.kill(os.getpid(), number)
+            if callable(handler := before[number]):
+                handler(number, None)
+            else:
+                os.kill(os.getpid(), number)

@@ -1,0 +1,17 @@
+"""Documents name tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs/explanation/reliability.md"
+
+
+def test_every_test_that_reliability_names_exists():
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", PAGE.read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert (TESTS / file).exists(), file
+        assert f"def {test or 'test_'}" in (TESTS / file).read_text(), f"{file}::{test}"
