@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "elastic-rec-scratch-"
@@ -36,11 +36,29 @@ def sweep(place: Path, prefix: str, *, mark: str = "") -> None:
     """Removes the folders in `place` whose names begin with `prefix`, which have an entry `mark` inside and which no
     living process holds. Links are left alone."""
     for folder in place.iterdir() if place.is_dir() else ():
-        if folder.name.startswith(prefix) and not folder.is_symlink() and (not mark or (folder / mark).is_dir()):
+        if folder.name.startswith(prefix) and not folder.is_symlink() and (not mark or _has_mark(folder, mark)):
             lock = lock_folder(folder)
             if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_marked(folder, mark)
                 os.close(lock)
+
+
+def remove_marked(folder: Path, mark: str) -> None:
+    """Removes a folder, its entry `mark` last: a sweep finds what a killed removal leaves."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name == mark:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_mark(folder: Path, mark: str) -> bool:
+    """Or is empty: a removal was killed between its last two steps."""
+    return (folder / mark).is_dir() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def lock_folder(folder: Path) -> int | None:

@@ -19,7 +19,7 @@ from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.manifest import MANIFEST, filed_generations, put_in_place, write_manifest
 from elastic_rec.feature_store.own_files import WORK, foreign_paths
-from elastic_rec.feature_store.scratch import lock_folder, scratch_folder, sweep
+from elastic_rec.feature_store.scratch import lock_folder, remove_marked, scratch_folder, sweep
 
 
 def stage(out: str, *, overwrite: bool) -> LocalStaging | RemoteStaging:
@@ -59,7 +59,7 @@ class LocalStaging:
 
     def __exit__(self, *exc_info: object) -> None:
         if self._lock is not None:
-            shutil.rmtree(self.root, ignore_errors=True)  # gone already after a commit
+            remove_marked(self.root, WORK)  # gone already after a commit
             os.close(self._lock)
 
     def commit(self, content: dict) -> None:
@@ -95,7 +95,7 @@ class LocalStaging:
             except DataError:
                 old.rename(self.out)
                 raise
-            shutil.rmtree(old, ignore_errors=True)
+            remove_marked(old, WORK)
         finally:
             os.close(lock)
 

@@ -11,7 +11,7 @@ from soak.jobs import Job, Jobs
 from soak.kinds import Outcome, Result
 from soak.lab import Lab
 from soak.processes import Call
-from soak.recovery import recover
+from soak.recovery import difference, recover
 from soak.trees import clear, fresh
 
 ENDED = "ended"
@@ -33,8 +33,10 @@ class PowerCuts:
         image, has_ended = images[cut]
         _restore(trial, image)
         what = f"{job.name}, image {cut} of {len(images)}"
-        if has_ended and job.result(trial) != reference.want:
-            return Outcome(Result.silent, "lost after the job had ended", what)
+        if has_ended:  # what was deleted may still be there
+            kept = {name: value for name, value in job.result(trial).items() if name in reference.want}
+            if lost := difference(kept, reference.want):
+                return Outcome(Result.silent, "lost after the job had ended", what, text=lost)
         return recover(self.lab, job, reference, how="cut", what=what)
 
     def _recorded(self, job: Job) -> list[tuple[dict, bool]]:

@@ -18,7 +18,7 @@ def recover(lab: Lab, job: Job, reference: Reference, *, how: str, what: str, te
     if not is_through(job, rerun):
         return Outcome(Result.lost, f"{how}, rerun: {rerun.failure}", what, text=rerun.text)
     if (result := job.result(lab.trial)) != reference.want:
-        return Outcome(Result.silent, f"{how}, another result", what, text=_difference(result, reference.want))
+        return Outcome(Result.silent, f"{how}, another result", what, text=difference(result, reference.want))
     return Outcome(Result.survived, how, what, rank=rank * 1000 + rerun.seconds, text=text)
 
 
@@ -26,11 +26,11 @@ def is_through(job: Job, ended: Ended) -> bool:
     return ended.is_good or job.done in ended.text
 
 
-def _difference(found: dict, want: dict, path: str = "") -> str:
+def difference(found: dict, want: dict, path: str = "") -> str:
     """A line for each value that differs."""
     lines = []
     for key in [key for key in sorted({*found, *want}) if found.get(key) != want.get(key)]:
         a, b = found.get(key), want.get(key)
         both = isinstance(a, dict) and isinstance(b, dict)
-        lines.append(_difference(a, b, f"{path}{key}/") if both else f"{path}{key}: {a}, undisturbed {b}")
+        lines.append(difference(a, b, f"{path}{key}/") if both else f"{path}{key}: {a}, undisturbed {b}")
     return "\n".join(lines)

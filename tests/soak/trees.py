@@ -54,7 +54,7 @@ def flip(path: Path, draw: random.Random) -> str:
 
 def figures(run: Path) -> dict[str, Any]:
     """Loss of each step, and each validation, of a run's metrics.jsonl. The use of the memory's slots is left out: it
-    is counted since the run was started, or went on."""
+    is counted since the run began or was resumed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     valid = [line for line in lines if line["kind"] == "valid"]
     losses = {f"loss {line['step']}": line["loss"] for line in lines if line["kind"] == "train"}
