@@ -288,12 +288,17 @@ def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
     """A missing column is an empty bag for each row, a null the unknown category."""
     if name not in table.column_names:
         return Bags(np.zeros(len(table) + 1, np.int64), np.zeros(0, np.int64))
-    column = table[name].combine_chunks()
-    vocabulary = task.vocabulary(name)
-    if not is_list(column.type):
-        return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
+    column, offsets = table[name].combine_chunks(), np.arange(len(table) + 1)
+    if is_list(column.type):
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        column, offsets = column.flatten(), offsets_of(lengths)
+    vocabulary, where = task.vocabulary(name), f"{where}: {name}"
+    if pa.types.is_int64(vocabulary.ids.type):
+        column = cast_ids(column, "int64", where=where)
+    try:
+        return Bags(offsets, vocabulary.encode(column))
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def check_parts(num_rows: int, part_rows: int) -> None:
