@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import helpers
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from ranking_data import make_ranking_store
 from test_ranking_task import RANKING
 
+from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.impressions.table import ImpressionTable
 from elastic_rec.feature_store.store import Store
 from elastic_rec.feature_store.vocabulary import Vocabulary
@@ -143,7 +143,7 @@ def test_context_of_other_types():
     """Whole numbers that a null made doubles are the numbers; numbers for text are refused, with the file."""
     ids = {"hour": pa.array([7, 8]), "device": pa.array(["tv", "phone"])}
     known = {name: Vocabulary(column=name, ids=values, counts=np.ones(2)) for name, values in ids.items()}
-    task, table = SimpleNamespace(vocabulary=known.get), pa.table({"hour": [8.0, None], "device": [[1.0], []]})
-    assert _context(table, "hour", task, "lists.parquet").values.tolist() == [3, 1]
-    with pytest.raises(ConfigError, match=r"^lists\.parquet: device: vocabulary 'device' holds string ids, got double"):
-        _context(table, "device", task, "lists.parquet")
+    table = pa.table({"hour": [8.0, None], "device": [[1.0], []]})
+    assert _context(table, known["hour"], "lists.parquet").values.tolist() == [3, 1]
+    with pytest.raises(DataError, match=r"^lists\.parquet: device is double, not of the store's type \(string\)"):
+        _context(table, known["device"], "lists.parquet")
