@@ -118,7 +118,7 @@ class Checkpoints:
         """
         for folder in self._half_written():
             self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): not read")
-        steps = self._agreed(self.complete_steps())
+        steps = self.world.agreed(self.complete_steps())  # a training may write here while ranks look
         for step in reversed(steps):
             fault = self._fault(step)
             if not fault:
@@ -135,7 +135,7 @@ class Checkpoints:
     def best(self) -> int:
         """Step of the best checkpoint by validation, as the newest marker that can be read has it; of the newest whole
         checkpoint where no validation has given a figure. Collective."""
-        step = self._agreed(self._best_noted() if self.world.is_main else None)
+        step = self.world.agreed(self._best_noted() if self.world.is_main else None)
         if step is None:
             step = self.latest()
             self.world.say(f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {step}")
@@ -148,12 +148,6 @@ class Checkpoints:
             except CheckpointError as error:
                 self.world.say(f"{error}: which checkpoint is best is read from the next older marker")
         raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
-
-    def _agreed(self, value: Any) -> Any:
-        """Rank 0's value on every rank: a training may write here while ranks look. Collective."""
-        found = [value]
-        dist.broadcast_object_list(found)
-        return found[0]
 
     def marker(self, step: int) -> dict[str, Any]:
         marker = self.folder(step) / MARKER
@@ -196,15 +190,12 @@ class Checkpoints:
         paths = list(folder.glob(f"__{self.world.rank}_*.distcp"))
         if self.world.is_main:
             paths += [folder / PLAN, folder / ".metadata"]
-        described: list[dict] = [{}] * self.world.size
-        dist.all_gather_object(described, {path.name: describe_file(path) for path in paths})
+        described = self.world.of_all({path.name: describe_file(path) for path in paths})
         return dict(sorted(item for each in described for item in each.items()))
 
     def _fault(self, step: int) -> str:
         """The first fault that any rank finds; each reads its share of the files. Collective."""
-        faults: list[str] = [""] * self.world.size
-        dist.all_gather_object(faults, self._fault_of(step, self.world.rank, self.world.size))
-        return next(filter(None, faults), "")
+        return next(filter(None, self.world.of_all(self._fault_of(step, self.world.rank, self.world.size))), "")
 
     def _fault_of(self, step: int, part: int, num_parts: int) -> str:
         try:

@@ -36,9 +36,7 @@ def require_finite_state(state: dict[str, Any], world: World) -> None:
         return
     mine = [f"{name} is {number} in row {first_row + row}" for name, first_row, value in bad[:MOST_NAMED]
             for row, number in [_first_bad(value)]]  # fmt: skip
-    of_ranks: list[list[str]] = [mine] * world.size
-    dist.all_gather_object(of_ranks, mine)
-    named = sorted({text for texts in of_ranks for text in texts})
+    named = sorted({text for texts in world.of_all(mine) for text in texts})
     more = f", and {int(some) - MOST_NAMED} more" if some > MOST_NAMED else ""
     raise NonFiniteError("; ".join(named[:MOST_NAMED]) + more)
 

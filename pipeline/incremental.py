@@ -223,8 +223,7 @@ def _update_buckets(shared: Job, catalogue: ShardedCatalogue) -> dict[str, int]:
         if bucket is not None:
             bucket.commit()
             counts += bucket.increments.counts
-    of_ranks: list[Counter] = [counts] * world.size
-    dist.all_gather_object(of_ranks, counts)
+    of_ranks = world.of_all(counts)
     return {name: sum(each[name] for each in of_ranks) for name in COUNTS} | {"skipped_parts": len(files) - len(todo)}
 
 

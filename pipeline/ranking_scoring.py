@@ -163,9 +163,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
 
 def _described(files: list[list], world: World) -> list[list]:
     """The input files by name, with the sha256 of each; each rank reads its share. Collective."""
-    mine = [path.digest() for path, *_ in files[world.rank :: world.size]]
-    everyone: list[list[str]] = [mine] * world.size
-    dist.all_gather_object(everyone, mine)
+    everyone = world.of_all([path.digest() for path, *_ in files[world.rank :: world.size]])
     return [[f[0].name, *f[1:], everyone[i % world.size][i // world.size]] for i, f in enumerate(files)]
 
 

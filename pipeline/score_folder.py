@@ -68,9 +68,7 @@ class ScoreFolder:
         ones are named. Each rank checks its share. Collective."""
         manifest = self._manifest()
         mine = {number: self._read(number, manifest) for number in numbers[self.world.rank :: self.world.size]}
-        everyone: list[dict] = [mine] * self.world.size
-        dist.all_gather_object(everyone, mine)
-        found = dict(sorted(item for each in everyone for item in each.items()))
+        found = dict(sorted(item for each in self.world.of_all(mine) for item in each.items()))
         for fault in found.values():
             if isinstance(fault, str):
                 self.world.say(f"{fault}: scored again")
@@ -99,9 +97,7 @@ class ScoreFolder:
 
         unit: what a row is, the name of the manifest's total.
         """
-        everyone: list[dict] = [{}] * self.world.size
-        dist.all_gather_object(everyone, self._known)
-        known = {number: each for part in everyone for number, each in part.items()}
+        known = {number: each for part in self.world.of_all(self._known) for number, each in part.items()}
         if self.world.is_main:
             keys = ("rows", "bytes", "sha256")
             parts = [{"path": self.path(n).name, **{key: known[n][key] for key in keys}} for n in numbers]

@@ -131,9 +131,7 @@ def query_time_s(task: NextItemTask, config: ScoreConfig) -> int | None:
         return None
     if config.query_time == "now":
         before = job_of(Path(config.out)).get("query_time")  # a restart asks for the same moment
-        moment = torch.tensor(int(time.time()) if before is None else before, device=task.world.device)
-        dist.broadcast(moment, 0)
-        asked_s = int(moment)
+        asked_s = task.world.agreed(int(time.time()) if before is None else before)
     else:
         try:
             asked_s = parse_time_s(config.query_time, key="query_time")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.schema import Task, TrainConfig
@@ -24,9 +22,7 @@ def make_task(config: TrainConfig, *, world: World, store: str = "", rows: dict[
 def _check_same_store(task: AnyTask) -> None:
     """Raises DataError where an append or an overwrite came between two ranks' opening of the store."""
     mine = task.store.manifest["hash"] + (task.table.manifest["hash"] if isinstance(task, RankingTask) else "")
-    hashes: list[str] = [mine] * task.world.size
-    if task.world.size > 1:
-        dist.all_gather_object(hashes, mine)
+    hashes = task.world.of_all(mine)
     if len(set(hashes)) > 1:
         raise DataError(
             f"{task.store.path}: changed while it was opened, rank 0 has generation hash {hashes[0][:12]} and another "

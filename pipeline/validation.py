@@ -79,9 +79,8 @@ class Validation:
 
     def _known(self) -> dict[str, dict[str, Any]] | None:
         """What was measured before this run was resumed."""
-        found = [self._read() if self.task.world.is_main else None]
-        dist.broadcast_object_list(found)
-        return found[0]
+        world = self.task.world
+        return world.agreed(self._read() if world.is_main else None)
 
     def _read(self) -> dict[str, dict[str, Any]] | None:
         try:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from elastic_rec.pipeline.endings import EXIT_LOST_RANK, Ending, end, ending_of,
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.pulse import Pulse
 
+Value = TypeVar("Value")
 _BROKEN = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|gloo/transport|"
     r"ncclRemoteError|ncclSystemError|NCCL communicator was aborted|Socket Timeout|wait timeout|failed to recv"
@@ -44,6 +45,20 @@ class World:
         """A line for the person watching: stderr, rank 0 only; stdout is kept for the result."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
+
+    def of_all(self, value: Value) -> list[Value]:
+        """Every rank's value, by rank, on every rank. Collective."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def agreed(self, value: Value) -> Value:
+        """Rank 0's value on every rank. Collective."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
 
 def of_each_rank(world: World, table_2N: np.ndarray, about: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -162,9 +162,9 @@ interrupts.listen()
 interrupts.GRACE_S = 1.5
 mutex = ctypes.create_string_buffer(64)
 with interrupts.deferred() if sys.argv[1] == "deferred" else open("/dev/null"):
-    print("ready", flush=True)
     while True:
         try:
+            print("ready", flush=True)  # here: the signal may come at once
             ctypes.CDLL(None).pthread_mutex_lock(mutex)  # never comes back the second time, and no signal wakes it
         except interrupts.Interrupted:
             pass  # as in a __del__
