@@ -374,7 +374,7 @@ class DuckEngine:
             is_number = source.kinds["timestamp"] not in MOMENTS
             advice = unit_advice(staged[0], self._unit, "timestamp_unit") if is_number else "repair such rows"
             raise DataError(
-                f"{where} timestamp {raw[0]!r} is in the future for timestamp_unit={self._unit}; {advice}, or set "
+                f"{where} timestamp {raw[0]!r:.200} is in the future for timestamp_unit={self._unit}; {advice}, or set "
                 f"checks.future_times=keep{others}"
             )
         if check == "null_words":
@@ -390,7 +390,7 @@ class DuckEngine:
         if role != "timestamp":
             exactly = "" if isinstance(value, int) else " exactly"
             raise DataError(f"{where} {value!r} does not fit int64{exactly}; write it as a string{others}")
-        raise DataError(f"{where} {value!r} {time_fault(value, source.kinds[role], self._unit)}{others}")
+        raise DataError(f"{where} {value!r:.200} {time_fault(value, source.kinds[role], self._unit)}{others}")
 
     def _one(self, sql: str) -> int | str | None:
         return self._run(sql)[0][0]

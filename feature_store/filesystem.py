@@ -168,6 +168,8 @@ def open_location(url: str | os.PathLike | Location) -> Location:
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         path = str(Path(rest if separator else text))
+        if ":" in path.split("/")[0]:
+            path = f"./{path}"  # "log-12:00.csv" looks like a URL to Arrow
         return Location(path, path, pafs.LocalFileSystem())
     text = text.rstrip("/")
     try:

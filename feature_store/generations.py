@@ -11,7 +11,6 @@ manifest-N.json is the moment its generation was last current; the grace of a co
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.ingest import IngestConfig
+from elastic_rec.feature_store.locks import only_here
 from elastic_rec.feature_store.manifest import (
     MANIFEST,
     filed_generations,
@@ -30,7 +30,7 @@ from elastic_rec.feature_store.manifest import (
     write_manifest,
 )
 from elastic_rec.feature_store.own_files import SCRATCH, WORK, data_files, delete_leftovers
-from elastic_rec.feature_store.scratch import lock_folder, scratch_folder
+from elastic_rec.feature_store.scratch import scratch_folder
 from elastic_rec.feature_store.staging import clear_litter
 
 
@@ -49,20 +49,15 @@ def writing(out: str) -> Iterator[Location]:
         yield root
         return
     folder = Path(root)
-    lock = lock_folder(folder)
-    if lock is None:
-        raise DataError(
-            f"{folder}: another append, compaction or rollback is at work there; run again when it has finished"
-        )
-    try:
+    with only_here(
+        folder, busy="another append, compaction or rollback is at work there; run again when it has finished"
+    ):
         for name in (SCRATCH, WORK):  # of a killed append or ingest: nobody else holds the lock
             if (folder / name).is_symlink():
                 raise DataError(f"{folder / name}: a link, which no store writes; remove it and run again")
             shutil.rmtree(folder / name, ignore_errors=True)
         delete_leftovers(root)
         yield root
-    finally:
-        os.close(lock)
 
 
 @contextmanager

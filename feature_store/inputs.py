@@ -34,6 +34,8 @@ def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]
     files whose name says nothing; any other is taken for all files. Raises DataError for an entry without files, a file
     of unknown or another format, a file that is named twice, and a folder that is a Delta, Hudi or Iceberg table.
     """
+    if not inputs or "" in inputs:
+        raise DataError("input is empty: give at least one file, glob or folder")
     paths: list[Location] = []
     for entry in inputs:
         place, found = _files_of(os.fspath(entry))
@@ -44,8 +46,6 @@ def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]
             if format != "auto" and not WILDCARD.search(entry):
                 _refuse_named_otherwise(found, format)
         paths += found
-    if not paths:
-        raise DataError("input is empty: give at least one file, glob or folder")
     if twice := sorted(str(path) for path, count in Counter(paths).items() if count > 1):
         raise DataError(f"{twice[0]}: matched twice by input; each event would be counted twice")
     return paths, _common_format(paths) if format == "auto" else format

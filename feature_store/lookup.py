@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from elastic_rec.feature_store.decode import Decoder, Users, concat_users, padding_user
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.schema import ITEM
-from elastic_rec.feature_store.store import Store, bucket_of_path, first_users
+from elastic_rec.feature_store.store import Store, first_users
 
 _KEPT_GROUPS = 16
 
@@ -30,7 +30,7 @@ class HistoryLookup:
         self._firsts = first_users(store)
         self._first_group = {}
         for number, group in enumerate(self._decoder.groups):
-            self._first_group.setdefault(bucket_of_path(store.files[group.file].path), number)
+            self._first_group.setdefault(store.files[group.file].bucket, number)
 
     def histories(self, user_ids: list) -> Histories:
         """One row per id, in their order; a user the store does not know has row -1 and no events."""

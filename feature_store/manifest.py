@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
+from elastic_rec.feature_store import checked
 from elastic_rec.feature_store.atomic_write import sync
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
@@ -34,10 +34,8 @@ _GONE = "if the store was overwritten, or a compaction deleted this generation, 
 
 def describe_file(root: Path, path: Path) -> dict:
     """Path within the store, size and digest; syncs the file to disk, since the manifest will vouch for it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": digest}
+    sync(path)
+    return {"path": path.relative_to(root).as_posix(), **checked.describe_file(path)}
 
 
 def describe_data_file(root: Path, path: Path) -> dict:

@@ -1,17 +1,17 @@
-"""Folders for work in progress that outlive no process: locked while it lives, swept by the next one when it is dead.
-
-flock ends with the process, whatever kills it, so a folder that can be locked is nobody's.
-"""
+"""Folders for work in progress that outlive no process: locked while it lives, swept by the next one when it is
+dead."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.locks import lock_folder
 
 PREFIX = "elastic-rec-scratch-"
 
@@ -34,9 +34,11 @@ def scratch_folder(place: Path | None = None, *, prefix: str = PREFIX) -> Iterat
 
 def sweep(place: Path, prefix: str, *, mark: str = "") -> None:
     """Removes the folders in `place` whose names begin with `prefix`, which have an entry `mark` inside and which no
-    living process holds. Links are left alone."""
+    living process holds. Links are left alone, and folders that cannot be locked, as those of other users."""
     for folder in place.iterdir() if place.is_dir() else ():
-        if folder.name.startswith(prefix) and not folder.is_symlink() and (not mark or _has_mark(folder, mark)):
+        with suppress(OSError, DataError):
+            if not folder.name.startswith(prefix) or folder.is_symlink() or (mark and not _has_mark(folder, mark)):
+                continue
             lock = lock_folder(folder)
             if lock is not None:
                 remove_marked(folder, mark)
@@ -59,19 +61,3 @@ def remove_marked(folder: Path, mark: str) -> None:
 def _has_mark(folder: Path, mark: str) -> bool:
     """Or is empty: a removal was killed between its last two steps."""
     return (folder / mark).is_dir() or (folder.is_dir() and not any(folder.iterdir()))
-
-
-def lock_folder(folder: Path) -> int | None:
-    """An open, locked descriptor; None where a living process holds the lock or the folder is gone."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_ino == folder.stat().st_ino:  # else: removed or replaced just now
-            return descriptor
-    except OSError:
-        pass
-    os.close(descriptor)
-    return None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -56,8 +57,8 @@ class QuotedText:
 @dataclass(frozen=True)
 class Source:
     """One input file. path: as messages name it. scan: SQL table function. raw: column -> SQL of the value as it
-    stands in the file. ids: the same as an id, all columns but timestamp. kinds: column -> "int64" | "text", or of
-    times a kind of time_columns.py. is_empty: known to have no rows. quoted: of CSV."""
+    stands in the file. ids: the same as an id, not for times. kinds: column -> "int64" | "text", or of times a kind of
+    time_columns.py. is_empty: known to have no rows. quoted: of CSV."""
 
     path: Location
     scan: str
@@ -92,16 +93,21 @@ def check_same_kinds(source: Source, kinds: dict[str, str], first: Location | st
             )
 
 
-def id_sql(value: str, kind: str) -> str:
-    """SQL of an id: BIGINT, or VARCHAR with the empty string as NULL."""
-    return f"TRY_CAST({value} AS BIGINT)" if kind == "int64" else f"nullif({value}, '')"
+def text_id_sql(value: str) -> str:
+    """SQL of an id that is text; NULL for the empty one."""
+    return f"nullif({value}, '')"
+
+
+def category_sql(value: str) -> str:
+    """SQL of an integer of a context column as BIGINT. Too big a one is an error: NULL would make it "unknown"."""
+    return f"CAST({value} AS BIGINT)"
 
 
 def whole_sql(value: str, type: pa.DataType) -> str:
     """SQL of a number of Parquet as BIGINT; NULL where it is not whole, too big, or no longer exact as a float."""
     type = type.value_type if pa.types.is_dictionary(type) else type
     if pa.types.is_integer(type):
-        return id_sql(value, "int64")
+        return f"TRY_CAST({value} AS BIGINT)"
     exact = ""
     if pa.types.is_floating(type) or pa.types.is_decimal256(type):  # DuckDB reads the latter as DOUBLE
         exact = f" AND abs({value}) < {1 << EXACT_BITS.get(type, 53)}"
@@ -134,12 +140,16 @@ def kind_of(type: pa.DataType) -> str:
 
 
 def cast_ids(values: pa.Array, stored: str, *, where: str) -> pa.Array:
-    """Ids of a column as the store has them ("int64" or "string"): whole numbers of any type, or text. DataError."""
+    """Ids or categories as the store has them ("int64" or "string"): whole numbers of any type; text, true and false.
+    DataError."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text", "binary")
+    kinds = ("int64", "float", "decimal") if stored == "int64" else ("text", "binary", "bool")
     if kind_of(values.type) not in kinds and not pa.types.is_null(values.type):
         raise DataError(f"{where} is {values.type}, not of the store's type ({stored}); cast it")
+    bits = EXACT_BITS.get(values.type, 64)
+    if bits < 64 and np.any(np.abs(values.to_numpy(zero_copy_only=False)) >= 1 << bits):
+        raise DataError(f"{where} is {values.type}, no longer exact from {1 << bits} on; write ids as {stored}")
     try:
         return values.cast(ARROW_TYPES[stored])
     except pa.ArrowInvalid as error:
@@ -188,6 +198,8 @@ def unreadable(path: Location, error: duckdb.Error, *, has_quotes: bool) -> str:
     elif "invalid UTF8" in text:
         advice = "\nA column of bytes is read as text; where it holds none, hex() makes text of it. "
         advice += rewrite(path, "* REPLACE (hex(NAME) AS NAME)")
+    elif "out of range" in text:
+        advice = "\nWrite such a column as text. " + rewrite(path, "* REPLACE (CAST(NAME AS VARCHAR) AS NAME)")
     elif not has_quotes and "Expected Number of Columns" in text:
         advice = "\nTSV has no quotes: where this file has them round its fields, set format=csv"
     lines = [line for line in text.split("\nPossible ")[0].splitlines() if line.strip()][:4]
@@ -222,7 +234,7 @@ def _open_text(path: Location, local: Path, format: str, columns: dict[str, str]
         f"read_csv({quote(glob.escape(str(local)))}, delim={quote(delimiter)}, quote='{QUOTES[format]}', "
         f"escape='{QUOTES[format]}', header=true, auto_detect=false, columns={{{names}}}, parallel="
     )
-    ids = {role: id_sql(value, "text") for role, value in raw.items() if role != "timestamp"}
+    ids = {role: text_id_sql(value) for role, value in raw.items()}
     quoted = QuotedText(local, delimiter, f"{scan}false)") if QUOTES[format] else None
     return Source(path, f"{scan}true)", raw, ids, dict.fromkeys(columns, "text"), quoted=quoted)
 
@@ -262,7 +274,7 @@ def _open_parquet(path: Location, local: Path, columns: dict[str, str]) -> Sourc
     ids, kinds = {}, {}
     for role, name in columns.items():
         if name not in schema.names:
-            kinds[role], ids[role] = "text", id_sql(raw[role], "text")
+            kinds[role], ids[role] = "text", text_id_sql(raw[role])
             continue
         type = schema.field(name).type
         kind = kinds[role] = _parquet_kind(path, role, name, type, settings)
@@ -270,8 +282,8 @@ def _open_parquet(path: Location, local: Path, columns: dict[str, str]) -> Sourc
             kinds[role] = stored_time_kind(str(path), local, name)
         elif kind == "text":
             raw[role] = text_sql(raw[role], kind_of(type))
-        if role != "timestamp":
-            ids[role] = whole_sql(raw[role], type) if kind == "int64" else id_sql(raw[role], "text")
+        whole = whole_sql(raw[role], type) if role in NAMED_ROLES else category_sql(raw[role])
+        ids[role] = whole if kind == "int64" else text_id_sql(raw[role])
     return Source(path, scan, raw, ids, kinds)
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from elastic_rec.feature_store.atomic_write import make_folder, sync
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
+from elastic_rec.feature_store.locks import lock_folder, only_here
 from elastic_rec.feature_store.manifest import MANIFEST, filed_generations, put_in_place, write_manifest
 from elastic_rec.feature_store.own_files import WORK, foreign_paths
-from elastic_rec.feature_store.scratch import lock_folder, remove_marked, scratch_folder, sweep
+from elastic_rec.feature_store.scratch import remove_marked, scratch_folder, sweep
 
 
 def stage(out: str, *, overwrite: bool) -> LocalStaging | RemoteStaging:
@@ -84,10 +85,7 @@ class LocalStaging:
     def _replace(self) -> None:
         old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
         # Held to the end: an append that begins now must not write into a folder on its way out.
-        lock = lock_folder(self.out)
-        if lock is None:
-            raise DataError(f"{self.out}: an append or compaction is at work in it; wait for it and run again")
-        try:
+        with only_here(self.out, busy="an append or compaction is at work in it; wait for it and run again"):
             (self.out / WORK).mkdir(exist_ok=True)  # marks the folder: it may be deleted
             self.out.rename(old)
             try:
@@ -96,8 +94,6 @@ class LocalStaging:
                 old.rename(self.out)
                 raise
             remove_marked(old, WORK)
-        finally:
-            os.close(lock)
 
     def _check_free(self) -> None:
         if self.out.is_file():

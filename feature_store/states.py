@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,11 +27,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from elastic_rec.feature_store.atomic_write import aside_of, make_folder
+from elastic_rec.feature_store.atomic_write import aside_of, make_folder, remove_leftovers
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
+from elastic_rec.feature_store.locks import only_here
 from elastic_rec.feature_store.schema import USER
-from elastic_rec.feature_store.scratch import lock_folder, scratch_folder
+from elastic_rec.feature_store.scratch import scratch_folder
 from elastic_rec.feature_store.store import BROKEN, Store, StoreFile, one_array, open_data_file, read_row_groups
 
 VERSION = 2
@@ -203,15 +203,10 @@ class StateFolder:
             yield
             return
         make_folder(Path(self.path))
-        lock = lock_folder(Path(self.path))
-        if lock is None:
-            raise DataError(f"{self.path}: another job is folding events into these states; run again when it is done")
-        try:
-            for left in Path(self.path).glob(".bucket=*.tmp"):  # of a killed job
-                left.unlink()
+        busy = "another job is folding events into these states; run again when it is done"
+        with only_here(Path(self.path), busy=busy):
+            remove_leftovers(Path(self.path))  # of a killed job
             yield
-        finally:
-            os.close(lock)
 
     def file_path(self, file: StoreFile) -> Location:
         return self.path / f"bucket={file.bucket:04d}.parquet"

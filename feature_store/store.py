@@ -175,9 +175,5 @@ def first_users(store: Store) -> dict[int, list]:
         metadata = file.open().metadata
         column = metadata.schema.names.index(USER)
         groups = (metadata.row_group(number).column(column) for number in range(metadata.num_row_groups))
-        firsts[bucket_of_path(file.path)] = [group.statistics.min for group in groups]
+        firsts[file.bucket] = [group.statistics.min for group in groups]
     return firsts
-
-
-def bucket_of_path(path: Location) -> int:
-    return int(path.parent.name.removeprefix("bucket="))

@@ -28,7 +28,7 @@ from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 
 MOMENTS = ("date", "time", "time_ns")
 # No named zones: an hour of autumn has two meanings in them. Digits of a second beyond what is read must be zeros.
-_ISO = r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.%s)?)?( UTC|Z|[+-]\d\d(:?\d\d)?)?)?"
+_ISO = r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.%s)?)?( UTC|Z|[+-](0\d|1[0-5])(:?[0-5]\d)?)?)?"
 _ISO_US, _ISO_NS, _ISO_ANY = (_ISO % digits for digits in (r"\d{1,6}0*", r"\d{1,9}0*", r"\d+"))
 _LARGEST_MS = (2**63 - 1) // 1000  # DuckDB counts microseconds
 

@@ -38,6 +38,11 @@ class Vocabulary:
         """Rows an embedding table needs, the two reserved ones included."""
         return len(self.ids) + FIRST
 
+    @property
+    def type(self) -> str:
+        """ "int64" or "string"."""
+        return "int64" if pa.types.is_int64(self.ids.type) else "string"
+
     def digest(self, size: int) -> str:
         """sha256 of the ids of indices 0..size-1: two vocabularies with one digest agree on them."""
         ids = self.ids.slice(0, size - FIRST)

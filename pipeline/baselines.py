@@ -25,12 +25,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.examples import targets_at
 from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.jagged import span_indices
-from elastic_rec.feature_store.splits import split_bounds
-from elastic_rec.feature_store.vocabulary import FIRST, UNKNOWN
+from elastic_rec.feature_store.vocabulary import FIRST, PAD, UNKNOWN
 from elastic_rec.pipeline.retrieval import tie_order
+from elastic_rec.pipeline.targets import held_out_targets
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.transition_counts import TransitionCounts, count_transitions
 
@@ -38,7 +37,7 @@ TILE_PAIRS = 1 << 21
 LAGS = 5
 HALF_LIVES, WEIGHTS = (5, 20, 80, 320), (0.1, 0.3, 1.0, 3.0, 10.0)
 DEFAULT_HALF_LIFE, DEFAULT_WEIGHT = 20, 3.0  # where there is no validation target
-FIT_USERS = 2048  # validation users the two numbers are fitted on
+FIT_USERS = 2048  # the two numbers are fitted on about so many users, spread over the store
 
 
 @dataclass(frozen=True)
@@ -272,13 +271,12 @@ def _validation_gain(
     """(half-lives, weights + 1) float64: sum of NDCG@10 over validation targets; the last column is frequency alone."""
     model, device = MarkovFrequency(counts, half_life=1, weight=1), task.world.device
     gain_hw = torch.zeros(len(HALF_LIVES), len(WEIGHTS) + 1, dtype=torch.float64, device=device)
-    for number, histories in enumerate(task.histories(batch_size=batch_size, what="baselines")):
-        if number * batch_size >= FIT_USERS:
-            break
-        before_B = split_bounds(task.config.data.split, histories).valid
-        target_B, _ = targets_at(histories, np.where(before_B >= 0, histories.offsets[:-1] + before_B, -1))
-        target_B = torch.from_numpy(target_B).to(device)
-        for tile in tiles(histories, before_B.clip(min=0), counts):
+    every = -(-task.store.num_users // FIT_USERS)
+    for histories in task.histories(batch_size=batch_size, what="baselines"):
+        held = held_out_targets(histories, task.config.data.split, "valid")
+        chosen_B = held.ranked & (histories.rows % every == 0)
+        target_B = torch.from_numpy(np.where(chosen_B, held.item, PAD)).to(device)
+        for tile in tiles(histories, np.where(chosen_B, held.before, 0), counts):
             gain_hw += _tile_gain(model, tile, target_B[tile.users], exclude_seen=exclude_seen)
     dist.all_reduce(gain_hw)
     return gain_hw

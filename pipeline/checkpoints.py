@@ -39,15 +39,34 @@ class Checkpoints:
         self.root = Path(run_dir) / "checkpoints"
         self.world = world
         self.keep_last = keep_last
+        self._held: int | None = None  # the step whose weights training has: just saved, or resumed from
         self._whole: set[int] = set()  # steps whose files have been checked
         self._undone: set[int] = set()  # steps after the one that training was resumed from
 
     def save(
-        self, model: DistributedModelParallel, optimiser: CombinedOptimizer, saved: dict[str, Any], *, best_step: int
+        self,
+        model: DistributedModelParallel,
+        optimiser: CombinedOptimizer,
+        saved: dict[str, Any],
+        *,
+        best_step: int | None,
     ) -> None:
-        """Write one step folder; saved (JSON-able, with "step") goes into the marker. best_step: of the run so far, 0
-        before a validation."""
-        final = self.folder(saved["step"])
+        """Write one step folder; saved (JSON-able, with "step") goes into the marker. best_step: of the run so far,
+        None before a validation. Of a step that is there already with these weights only the marker is replaced."""
+        step = saved["step"]
+        files = self.marker(step)["files"] if step == self._held else self._write(step, model, optimiser)
+        self._held = step
+        if self.world.is_main:
+            write_checked(self.folder(step) / MARKER, {**saved, "best_step": best_step, "files": files})
+            self._undone.discard(step)
+            self._forget(best_step)
+        dist.barrier()
+
+    def _write(
+        self, step: int, model: DistributedModelParallel, optimiser: CombinedOptimizer
+    ) -> dict[str, dict[str, Any]]:
+        """The step folder without its marker; returns what `_describe` says of its files. Collective."""
+        final = self.folder(step)
         aside = final.with_suffix(".tmp")
         if self.world.is_main:
             make_folder(self.root)
@@ -60,11 +79,8 @@ class Checkpoints:
             self._remove(final)
             aside.rename(final)
             sync(self.root)
-            write_checked(final / MARKER, {**saved, "best_step": best_step, "files": files})
-            self._undone.discard(saved["step"])
-            self._forget(best_step)
-        self._whole.discard(saved["step"])
-        dist.barrier()
+        self._whole.discard(step)
+        return files
 
     def load(
         self, step: int, model: DistributedModelParallel, optimiser: CombinedOptimizer | None = None
@@ -91,6 +107,7 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         if optimiser is not None:
             optimiser.load_state_dict(state["optimiser"])
+            self._held = step
             self._undone = {each for each in self.complete_steps() if each > step}
         return marker
 
@@ -101,7 +118,7 @@ class Checkpoints:
         """
         for folder in self._half_written():
             self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): not read")
-        steps = self.complete_steps()
+        steps = self._agreed(self.complete_steps())
         for step in reversed(steps):
             fault = self._fault(step)
             if not fault:
@@ -118,20 +135,25 @@ class Checkpoints:
     def best(self) -> int:
         """Step of the best checkpoint by validation, as the newest marker that can be read has it; of the newest whole
         checkpoint where no validation has given a figure. Collective."""
+        step = self._agreed(self._best_noted() if self.world.is_main else None)
+        if step is None:
+            step = self.latest()
+            self.world.say(f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {step}")
+        return step
+
+    def _best_noted(self) -> int | None:
         for step in reversed(self.complete_steps()):
             try:
-                best_step = self.marker(step)["best_step"]
+                return self.marker(step)["best_step"]
             except CheckpointError as error:
                 self.world.say(f"{error}: which checkpoint is best is read from the next older marker")
-                continue
-            if best_step:
-                return best_step
-            newest = self.latest()
-            self.world.say(
-                f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {newest}"
-            )
-            return newest
         raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
+
+    def _agreed(self, value: Any) -> Any:
+        """Rank 0's value on every rank: a training may write here while ranks look. Collective."""
+        found = [value]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def marker(self, step: int) -> dict[str, Any]:
         marker = self.folder(step) / MARKER
@@ -163,7 +185,8 @@ class Checkpoints:
         return self.root / f"step-{step:08d}"
 
     def complete_steps(self) -> list[int]:
-        return sorted(int(marker.parent.name.removeprefix("step-")) for marker in self.root.glob(f"step-*/{MARKER}"))
+        names = (marker.parent.name.removeprefix("step-") for marker in self.root.glob(f"step-*/{MARKER}"))
+        return sorted(int(name) for name in names if name.isdigit())  # others are a user's copies
 
     def _half_written(self) -> list[Path]:
         return [folder for folder in sorted(self.root.glob("step-*")) if not (folder / MARKER).exists()]
@@ -191,7 +214,7 @@ class Checkpoints:
         mine = sorted(files)[part::num_parts]
         return fault_in(self.folder(step), {name: files[name] for name in mine})
 
-    def _forget(self, best_step: int) -> None:
+    def _forget(self, best_step: int | None) -> None:
         """Keeps the best and the newest; those that a resume has undone go as soon as there is a newer one again."""
         complete = self.complete_steps()
         kept = {best_step, *[each for each in complete if each not in self._undone][-self.keep_last :]}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
 from elastic_rec.feature_store.atomic_write import write_json
+from elastic_rec.feature_store.splits import SplitKind
 from elastic_rec.models.heads.retrieval import RetrievalModel
 from elastic_rec.pipeline.baselines import fit_baselines
 from elastic_rec.pipeline.data_schema import Seen
@@ -17,12 +18,14 @@ from elastic_rec.pipeline.evaluation import below_baseline, evaluate, measure_ba
 from elastic_rec.pipeline.launch import verb
 from elastic_rec.pipeline.ranking_task import RankingTask
 from elastic_rec.pipeline.run_folder import load_model, read_config
-from elastic_rec.pipeline.schema import EvaluateConfig
+from elastic_rec.pipeline.schema import EvaluateConfig, Task
 from elastic_rec.pipeline.targets import Survey, require_targets, resolve_seen, survey
 from elastic_rec.pipeline.task import NextItemTask
 from elastic_rec.pipeline.tasks import AnyTask
 from elastic_rec.pipeline.validation import warn_below, warn_of_misses
 from elastic_rec.pipeline.world import World
+
+KEY_OF = {"seen": Task.next_item, "min_item_count": Task.next_item, "max_history": Task.ranking}
 
 
 @verb("evaluate", EvaluateConfig, distributed=True)
@@ -32,6 +35,10 @@ def main(config: EvaluateConfig, world: World) -> dict:
 
 def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     run = read_config(config.run)
+    for key, owner in KEY_OF.items():
+        if run.task is not owner and getattr(config, key):
+            raise ConfigError(f"{key}={getattr(config, key)}: only for runs with task={owner}; leave it out")
+    trained_on = run.data.store, run.data.generation
     if config.store:  # a run's generation says nothing about another store
         run.data.store, run.data.generation = config.store, config.generation
     elif config.generation is not None:
@@ -40,6 +47,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
 
     def look(task: AnyTask) -> None:
         if isinstance(task, NextItemTask):
+            _refuse_trained_targets(task, *trained_on)
             surveys.append(survey(task))
             require_targets(task, surveys[0], [config.stage])
 
@@ -50,11 +58,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     about |= {"store": str(task.store.path), "generation": task.store.generation}
     settings = {"stage": config.stage, "length_edges": config.length_edges, "batch_size": config.batch_size}
     if isinstance(task, RankingTask):
-        if config.seen:
-            raise ConfigError(f"seen={config.seen.value}: only for runs with task=next_item; leave it out")
         figures = task.evaluate(model, **settings, max_history=config.max_history)
-    elif config.max_history:
-        raise ConfigError(f"max_history={config.max_history}: only for runs with task=ranking; leave it out")
     else:
         seen = resolve_seen(task, config.seen or run.data.seen, surveys[0])
         figures = _next_item(task, model, config, **settings, k=config.k, seen=seen)
@@ -62,6 +66,16 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     if world.is_main:
         write_json(Path(config.run) / f"{_name(config)}.json", figures)
     return figures
+
+
+def _refuse_trained_targets(task: NextItemTask, store: str, generation: int) -> None:
+    """Leave-one-out: the last events of an earlier generation of what a run was trained on were training events."""
+    now, kind = task.store.generation, task.config.data.split.kind
+    if kind is SplitKind.leave_one_out and str(task.store.path.resolve()) == store and now < generation:
+        raise ConfigError(
+            f"generation {now} of {store} is earlier than the run's, {generation}: with data.split.kind=leave_one_out "
+            f"its targets are among the events the run was trained on; set generation={generation} or later"
+        )
 
 
 def _next_item(task: NextItemTask, model: RetrievalModel, config: EvaluateConfig, **settings) -> dict:

@@ -13,6 +13,11 @@ from elastic_rec.pipeline.targets import KINDS
 MISS = torch.iinfo(torch.int64).max  # the rank of a target that no list holds, however long
 
 
+def length_names(edges: list[int]) -> list[str]:
+    """[20, 50] -> 0-19, 20-49, 50+."""
+    return [*(f"{low}-{high - 1}" for low, high in zip([0, *edges], edges, strict=False)), f"{[0, *edges][-1]}+"]
+
+
 class RankingMetrics:
     """Sums of per-user figures; one target per user, so recall@k = HR@k and ideal DCG = 1.
 
@@ -20,7 +25,7 @@ class RankingMetrics:
     """
 
     def __init__(self, *, k: list[int], length_edges: list[int], device: torch.device) -> None:
-        self.k, self.edges = sorted(k), torch.tensor(sorted(length_edges), device=device)
+        self.k, self.edges = sorted(k), torch.tensor(sorted(length_edges), dtype=torch.int64, device=device)
         # bucket x kind x figure: users, reciprocal rank, then HR and NDCG for each k; float64 so that order cannot show
         shape = len(self.edges) + 1, len(KINDS), 2 + 2 * len(self.k)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -41,8 +46,7 @@ class RankingMetrics:
         "by_length": {"0-19": {...}, ...}}; parts without users are left out."""
         sums = self.sums.clone()
         dist.all_reduce(sums)
-        edges = self.edges.tolist()
-        names = [f"{low}-{high - 1}" for low, high in zip([0, *edges], edges, strict=False)] + [f"{edges[-1]}+"]
+        names = length_names(self.edges.tolist())
         total = self._means(sums.sum((0, 1)))
         by_length = {name: self._means(row) for name, row in zip(names, sums.sum(1), strict=True) if row[0] > 0}
         by_target = {

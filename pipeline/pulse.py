@@ -72,14 +72,14 @@ class Pulse:
 
     @contextmanager
     def voting(self) -> Iterator[None]:
-        """Inside, a signal to any rank makes the next beats raise AllStop on every rank, and nothing else."""
-        with interrupts.deferred():
-            self._votes = Votes(self.size)
-            try:
-                yield
-                self._votes.settle()
-            finally:
-                self._votes = None
+        """Inside, a signal to any rank makes the next beats raise AllStop on every rank. For use in
+        interrupts.deferred(), so that it does nothing else."""
+        self._votes = Votes(self.size)
+        try:
+            yield
+            self._votes.settle()
+        finally:
+            self._votes = None
 
     def ends_first(self, code: int) -> int | None:
         """Claim the job's end. None: this rank is to say why; else the exit code of the rank that says it."""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
 from elastic_rec.feature_store.impressions.batch import ImpressionBatch
+from elastic_rec.pipeline.metrics import length_names
 from elastic_rec.pipeline.open_users import OpenUsers
 from elastic_rec.pipeline.score_counts import ScoreCounts
 from elastic_rec.pipeline.world import World
@@ -104,9 +105,7 @@ class RankingFigures:
         self._add_users(*self.users.take_complete(is_last=True))
         table = torch.from_numpy(np.stack([self.sums_LE[name] for name in SUMS])).to(self.world.device)
         dist.all_reduce(table)
-        edges = self.edges.tolist()
-        names = [*(f"{low}-{high - 1}" for low, high in zip([0, *edges], edges, strict=False)), f"{[0, *edges][-1]}+"]
-        found = {}
+        names, found = length_names(self.edges.tolist()), {}
         for number, label in enumerate(self.labels):
             sums_E = [dict(zip(SUMS, column, strict=True)) for column in table[:, number].T.tolist()]
             counts_E, total = [counts.over_ranks(self.world) for counts in self.counts_LE[number]], ScoreCounts()

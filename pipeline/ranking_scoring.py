@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -31,6 +30,7 @@ import torch.distributed as dist
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.impressions.batch import Bags, Impressions
+from elastic_rec.feature_store.impressions.cutter import flat_bags
 from elastic_rec.feature_store.impressions.visits import count_before
 from elastic_rec.feature_store.inputs import find_inputs
 from elastic_rec.feature_store.jagged import offsets_of, span_indices
@@ -38,6 +38,7 @@ from elastic_rec.feature_store.limits import check_footer
 from elastic_rec.feature_store.lookup import HistoryLookup, bucket_of
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.sources import cast_ids, is_list
+from elastic_rec.feature_store.vocabulary import Vocabulary
 from elastic_rec.models.heads.ranking import RankingModel
 from elastic_rec.pipeline.candidate_times import read_times
 from elastic_rec.pipeline.errors import ConfigError
@@ -189,7 +190,9 @@ class Requests:
         table = file.read_row_group(part.row_group, columns=["user_id", "item_id", *names])
         table = table.slice(part.start, part.stop - part.start)
         where = f"candidates: {part.file}, rows {part.start} to {part.stop} of row group {part.row_group}"
-        lengths, items = _lists(table["item_id"], where)
+        if missing := table["item_id"].null_count:
+            raise ConfigError(f"{where}: {missing} rows without item_id; leave them out")
+        lengths, items = flat_bags(table["item_id"])
         types = {name: about["type"] for name, about in task.store.manifest["vocabularies"].items()}
         items = cast_ids(items, types["item"], where=f"{where}: item_id")
         users = cast_ids(table["user_id"].combine_chunks(), types["user"], where=f"{where}: user_id")
@@ -203,7 +206,7 @@ class Requests:
         place[order] = np.arange(len(users))
         users, user_N = [users[u] for u in order], place[encoded.indices.to_numpy()]
         candidates = Bags(offsets_of(lengths), task.vocabulary("item").encode(items))
-        context = {name: _context(table, name, task, where) for name in task.table.context}
+        context = {name: _context(table, task.vocabulary(name), where) for name in task.table.context}
         time_N = None
         if "timestamp" in names:
             place = f"candidates: {part.file}, row group {part.row_group}"
@@ -274,26 +277,13 @@ class Requests:
         return np.array([len(self.score_CL), (self.candidates.values == 1).sum(), self.num_cold])
 
 
-def _lists(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, pa.Array]:
-    """(lengths, values) of a column of lists or of single values."""
-    column = column.combine_chunks()
-    if column.null_count:
-        raise ConfigError(f"{where}: {column.null_count} rows without item_id; leave them out")
-    if not is_list(column.type):
-        return np.ones(len(column), np.int64), column
-    return pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64), column.flatten()
-
-
-def _context(table: pa.Table, name: str, task: RankingTask, where: str) -> Bags:
+def _context(table: pa.Table, vocabulary: Vocabulary, where: str) -> Bags:
     """A missing column is an empty bag for each row, a null the unknown category."""
+    name = vocabulary.column
     if name not in table.column_names:
         return Bags(np.zeros(len(table) + 1, np.int64), np.zeros(0, np.int64))
-    column = table[name].combine_chunks()
-    vocabulary = task.vocabulary(name)
-    if not is_list(column.type):
-        return Bags(np.arange(len(table) + 1), vocabulary.encode(column))
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return Bags(offsets_of(lengths), vocabulary.encode(column.flatten()))
+    lengths, values = flat_bags(table[name])
+    return Bags(offsets_of(lengths), vocabulary.encode(cast_ids(values, vocabulary.type, where=f"{where}: {name}")))
 
 
 def check_parts(num_rows: int, part_rows: int) -> None:

@@ -108,7 +108,7 @@ def _describe(config: TrainConfig, task: AnyTask) -> None:
     saved = OmegaConf.structured(config)
     # Evaluate and score may be started from elsewhere, and after more days were appended.
     saved.data.store, saved.data.generation = str(task.store.path.resolve()), task.store.generation
-    write_signed(run_dir / CONFIG, OmegaConf.to_yaml(saved))
+    write_signed(run_dir / CONFIG, OmegaConf.to_yaml(saved, resolve=True))
 
 
 def read_config(run: str | Path) -> TrainConfig:

@@ -12,10 +12,8 @@ How many bits are dropped follows from all scores together, not from their order
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
-from elastic_rec.pipeline.world import World
+from elastic_rec.pipeline.world import World, of_each_rank
 
 MOST_CODES = 1 << 18  # times 16 bytes
 
@@ -63,18 +61,11 @@ class ScoreCounts:
         return float((positive_K * below_K).sum() / pairs) + tied, tied * (self.bits > 0)
 
     def over_ranks(self, world: World) -> ScoreCounts:
-        """Collective. One rank's counts at a time, so that memory does not grow with the ranks."""
+        """Collective."""
         self._settle()
         total = ScoreCounts()
-        for rank in range(world.size):
-            head = torch.tensor([len(self.code_N), self.bits], device=world.device)
-            dist.broadcast(head, src=rank)
-            num, bits = head.tolist()
-            table = torch.zeros(2, num, dtype=torch.int64, device=world.device)
-            if rank == world.rank:
-                table.copy_(torch.from_numpy(np.stack([self.code_N, self.count_N])))
-            dist.broadcast(table, src=rank)
-            total.merge(*table.cpu().numpy(), bits)
+        for table, bits in of_each_rank(world, np.stack([self.code_N, self.count_N]), self.bits):
+            total.merge(*table, bits)
         return total
 
     def _settle(self) -> None:

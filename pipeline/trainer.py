@@ -85,6 +85,7 @@ class Trainer:
         """Go on from the newest complete checkpoint; False where there is none."""
         step = self.checkpoints.latest()
         if step is None:
+            self.log.forget_after(0)
             return False
         saved = self.checkpoints.load(step, self.model, self.optimiser)
         self.progress = Progress(**saved["progress"])
@@ -99,7 +100,7 @@ class Trainer:
         Raises Interrupted after a signal, a checkpoint later. Raises NonFiniteError for a loss, weight, query or score
         that is no number; what it names is in no checkpoint.
         """
-        with self._last_checkpoint_named():
+        with self._last_checkpoint_named(), interrupts.deferred():  # to the end of the last checkpoint
             try:
                 with self.world.pulse.voting():
                     return self._run()

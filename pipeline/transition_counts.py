@@ -19,6 +19,7 @@ from elastic_rec.feature_store.histories import Histories
 from elastic_rec.feature_store.splits import split_bounds
 from elastic_rec.feature_store.vocabulary import FIRST
 from elastic_rec.pipeline.task import NextItemTask
+from elastic_rec.pipeline.world import World, of_each_rank
 
 MAX_PAIRS = 1 << 24  # 256 MiB of keys and counts
 MERGE_AT = 1 << 22  # new transitions that wait for being merged
@@ -49,12 +50,15 @@ class TransitionCounts:
 
 
 class PairCounter:
-    """Counts of pairs (int64 keys) in bounded memory: above max_pairs the rarest are dropped, all of one count."""
+    """Counts of pairs (int64 keys) in bounded memory: above max_pairs the rarest are dropped, all of one count.
+
+    lost_up_to: a count may be so much too low. A pair that is dropped, and comes again, begins at 0.
+    """
 
     def __init__(self, max_pairs: int) -> None:
         self.max_pairs = max_pairs
         self.keys, self.counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self.dropped_up_to = 0  # pairs counted at most so often may be missing
+        self.lost_up_to = 0
         self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_waiting = 0
 
@@ -70,10 +74,12 @@ class PairCounter:
         self.keys, index = np.unique(keys, return_inverse=True)
         self.counts = np.bincount(index, weights=counts, minlength=len(self.keys)).astype(np.int64)
         self._waiting, self._num_waiting = [], 0
+        rarest = 0
         while len(self.keys) > self.max_pairs:
-            self.dropped_up_to = int(self.counts.min())
-            keep = self.counts > self.dropped_up_to
+            rarest = int(self.counts.min())
+            keep = self.counts > rarest
             self.keys, self.counts = self.keys[keep], self.counts[keep]
+        self.lost_up_to += rarest
 
 
 def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = MAX_PAIRS) -> TransitionCounts:
@@ -94,11 +100,11 @@ def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = M
     counts_V = counts_V.to(world.device)
     dist.all_reduce(counts_V)
     if world.size > 1:
-        pairs = _from_all_ranks(pairs, world.device, world.size)
-    if pairs.dropped_up_to:
+        pairs = _from_all_ranks(pairs, world)
+    if pairs.lost_up_to:
         world.say(
-            f"baselines: more than {max_pairs} different transitions; those counted at most {pairs.dropped_up_to} "
-            "times are left out"
+            f"baselines: more than {max_pairs} different transitions; rare ones are left out, and a count may be up to "
+            f"{pairs.lost_up_to} too low"
         )
     return TransitionCounts.of(
         counts_V, torch.from_numpy(pairs.keys).to(world.device), torch.from_numpy(pairs.counts).to(world.device)
@@ -114,19 +120,11 @@ def training_items(task: NextItemTask, histories: Histories) -> tuple[np.ndarray
     return histories.columns["item"][training], place[training] > 0
 
 
-def _from_all_ranks(pairs: PairCounter, device: torch.device, num_ranks: int) -> PairCounter:
-    """The sum of all ranks' counts, on every rank. Ranks take turns, so that one rank's pairs are there beside it."""
+def _from_all_ranks(pairs: PairCounter, world: World) -> PairCounter:
+    """The sum of all ranks' counts, on every rank."""
     total = PairCounter(pairs.max_pairs)
-    total.dropped_up_to = pairs.dropped_up_to
-    for rank in range(num_ranks):
-        about = torch.tensor([len(pairs.keys), pairs.dropped_up_to], device=device)
-        dist.broadcast(about, rank)
-        size, dropped = about.tolist()
-        table = torch.zeros(2, size, dtype=torch.int64, device=device)
-        if dist.get_rank() == rank:
-            table.copy_(torch.from_numpy(np.stack([pairs.keys, pairs.counts])))
-        dist.broadcast(table, rank)
-        total.add(*table.cpu().numpy())
-        total.dropped_up_to = max(total.dropped_up_to, dropped)
+    for table, lost in of_each_rank(world, np.stack([pairs.keys, pairs.counts]), pairs.lost_up_to):
+        total.add(*table)
+        total.lost_up_to += lost
     total.merge()
     return total

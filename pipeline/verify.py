@@ -8,9 +8,11 @@ Exit code 0 and counts of whole files by kind; or 2, and a line on stderr for ea
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from elastic_rec.feature_store.checked import fault_in, read_checked
+from elastic_rec.feature_store.checked import fault_in, read_checked, read_signed
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.verify import Findings, verify_store
@@ -18,7 +20,7 @@ from elastic_rec.pipeline.data_schema import VerifyConfig
 from elastic_rec.pipeline.errors import ConfigError
 from elastic_rec.pipeline.launch import verb
 
-CHECKPOINT, SCORES = "complete.json", "_manifest.json"
+CHECKPOINT, SCORES, JOB = "complete.json", "_manifest.json", "_job.json"  # not imported: what writes them needs torch
 
 
 @verb("verify", VerifyConfig)
@@ -41,9 +43,14 @@ def main(config: VerifyConfig) -> dict:
 
 
 def verify_run(run: Path, findings: Findings) -> None:
-    """Checks the marker and the files of every complete checkpoint; DataError where there is no run."""
+    """Checks the run's description, and marker and files of every complete checkpoint; DataError where there is no
+    run."""
     if not (run / "checkpoints").is_dir():
         raise DataError(f"{run}: not a run, it has no folder checkpoints")
+    for name, read in (("config.yaml", read_signed), ("tables.json", read_checked), ("baselines.json", read_checked)):
+        if name != "baselines.json" or (run / name).exists():
+            with findings.about("run_files"):
+                _read(run / name, read=read, remedy="restore it from a copy of the run")
     for marker in sorted(run.glob(f"checkpoints/step-*/{CHECKPOINT}")):
         files: dict[str, dict] = {}
         with findings.about("checkpoints"):
@@ -52,8 +59,10 @@ def verify_run(run: Path, findings: Findings) -> None:
 
 
 def verify_scores(scores: Path, findings: Findings) -> None:
-    """Checks each part of a finished scoring, and that there are no others."""
+    """Checks the job, each part of a finished scoring, and that there are no others."""
     parts: dict[str, dict] = {}
+    with findings.about("score_jobs"):
+        _read(scores / JOB, remedy="remove the folder and score again")
     with findings.about("score_manifests"):
         parts = {entry["path"]: entry for entry in _read(scores / SCORES, "parts")}
     _verify_files(scores, parts, "score_parts", findings)
@@ -71,12 +80,18 @@ def _verify_files(folder: Path, files: dict[str, dict], kind: str, findings: Fin
             findings.counts["bytes"] += entry["bytes"]
 
 
-def _read(path: Path, key: str):
-    """What a checked JSON file says of other files."""
+def _read(
+    path: Path,
+    key: str | None = None,
+    *,
+    read: Callable[[Path], Any] = read_checked,
+    remedy: str = "the job has not ended, run it again",
+) -> Any:
+    """A file that carries its sha256, or what it has under a key."""
     try:
-        return read_checked(path)[key]
+        return read(path) if key is None else read(path)[key]
     except FileNotFoundError as error:
-        raise DataError(f"{path} is missing: the job has not ended, run it again") from error
+        raise DataError(f"{path} is missing: {remedy}") from error
     except KeyError as error:
         raise DataError(f"{path} has no {key}: written by an earlier version") from error
 

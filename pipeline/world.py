@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,6 +44,22 @@ class World:
         """A line for the person watching: stderr, rank 0 only; stdout is kept for the result."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
+
+
+def of_each_rank(world: World, table_2N: np.ndarray, about: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(table, number) of every rank in turn, so that memory does not grow with the ranks. Collective.
+
+    table_2N: this rank's, int64; N may differ. about: this rank's number.
+    """
+    for rank in range(world.size):
+        head = torch.tensor([table_2N.shape[1], about], device=world.device)
+        dist.broadcast(head, src=rank)
+        size, number = head.tolist()
+        found = torch.zeros(2, size, dtype=torch.int64, device=world.device)
+        if rank == world.rank:
+            found.copy_(torch.from_numpy(table_2N))
+        dist.broadcast(found, src=rank)
+        yield found.cpu().numpy(), number
 
 
 def run_in_world(main: Callable[..., dict[str, Any]], config: Any, *, report: Callable[[dict[str, Any]], None]) -> None:

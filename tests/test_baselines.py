@@ -112,9 +112,15 @@ def test_every_baseline_ranks_as_plain_counting_does(task, monkeypatch, pairs, e
                 assert rank == judge.rank(scores, int(target_B[user]), seen, exclude_seen=exclude_seen), baseline.name
 
 
-def test_half_life_and_weight_are_the_best_on_validation(task):
-    users = users_of(task)
-    judge = Judge(users, task.num_items)
+@pytest.mark.parametrize(("fit_users", "batch_size"), [(2048, 32), (10, 7), (10, 200)])
+def test_half_life_and_weight_are_the_best_on_validation(task, monkeypatch, fit_users, batch_size):
+    """Of the users asked, who are spread over the store: how many are read at a time does not show."""
+    monkeypatch.setattr(baselines, "FIT_USERS", fit_users)
+    judge = Judge(users_of(task), task.num_items)
+    rows = np.concatenate([histories.rows for histories in task.histories(batch_size=50)])
+    every = -(-len(rows) // fit_users)
+    users = [items for row, items in zip(rows, users_of(task), strict=True) if row % every == 0]
+    assert (len(users) < 2 * fit_users and every > 5) or users == users_of(task)
 
     def gain(name: str, **settings: float) -> float:
         total = 0.0
@@ -125,7 +131,7 @@ def test_half_life_and_weight_are_the_best_on_validation(task):
                 total += (rank < 10) / math.log2(rank + 2)
         return total
 
-    *_, own, both = fit_baselines(task, batch_size=32, exclude_seen=False)
+    *_, own, both = fit_baselines(task, batch_size=batch_size, exclude_seen=False)
     best = max(gain("frequency", half_life=h) for h in HALF_LIVES)
     assert gain("frequency", **own.settings) == pytest.approx(best)
     best = max(gain("markov_frequency", half_life=h, weight=w) for h in HALF_LIVES for w in WEIGHTS)
@@ -138,7 +144,17 @@ def test_no_more_pairs_are_kept_than_allowed_and_the_rarest_go():
         counter.add(np.array(keys))
     counter.merge()
     assert dict(zip(counter.keys.tolist(), counter.counts.tolist(), strict=True)) == {5: 3, 7: 3, 9: 4}
-    assert counter.dropped_up_to == 2
+    assert counter.lost_up_to == 2
+
+
+def test_what_is_dropped_again_and_again_adds_up():
+    """Pair 1 comes three times, once before each merge, and is dropped three times."""
+    counter = PairCounter(1)
+    for _ in range(3):
+        counter.add(np.array([1, 7, 7]))
+        counter.merge()
+    assert dict(zip(counter.keys.tolist(), counter.counts.tolist(), strict=True)) == {7: 6}
+    assert counter.lost_up_to == 3
 
 
 SCRIPT = """

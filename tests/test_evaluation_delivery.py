@@ -124,8 +124,9 @@ def test_figures_are_those_of_the_files(served, world, seen):
     assert figures["seen"] == seen and figures["generation"] == 1 and figures["unknown_targets"] == 1
     repeats = sum(kind(served, user) != "new" for user in served.after) / 119
     assert figures["seen_targets"] == pytest.approx(repeats) and repeats > 0.3
-    other = served.evaluate(world, seen={"keep": "exclude", "exclude": "keep"}[seen])
-    assert figures[f"seen_{other['seen']}"] == {name: other[name] for name in figures[f"seen_{other['seen']}"]}
+    policy, block = {"keep": ("exclude", "seen_excluded"), "exclude": ("keep", "seen_kept")}[seen]
+    other = served.evaluate(world, seen=policy)
+    assert figures[block] == {name: other[name] for name in figures[block]}
     if seen == "exclude":
         assert figures["by_target"]["repeat_recent"]["mrr"] == 0, "no list holds an item already seen"
         assert all(not set(lists[user]) & set(items) for user, items in served.before.items())
@@ -137,7 +138,7 @@ def test_incremental_scores_and_the_runs_own_policy(served, world):
     figures = served.evaluate(world)
     assert figures["seen"] == "keep", "data.seen=auto, resolved by training: these users repeat items"
     assert_delivered(served, figures, lists)
-    settings = json.loads((served.folder / "scores-incremental/job.json").read_text())
+    settings = json.loads((served.folder / "scores-incremental/_job.json").read_text())
     assert settings["seen"] == "keep"
     with pytest.raises(ConfigError, match="made with seen='keep', asked for now: 'exclude'"):
         served.score(world, "scores-incremental", k=100, mode="incremental", seen="exclude")

@@ -14,6 +14,7 @@ from ranking_data import make_ranking_store
 
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.models.heads.ranking_config import History
+from elastic_rec.pipeline.checkpoints import Checkpoints
 from elastic_rec.pipeline.errors import ConfigError, NonFiniteError
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.schema import EvaluateConfig, Task, TrainConfig
@@ -69,7 +70,7 @@ def test_an_update_that_overflows_after_a_finite_loss_is_not_kept(world, store, 
     advice = r"The last checkpoint, .*step-00000001, has finite weights: lower optim.dense_lr.*run.resume=true"
     with pytest.raises(NonFiniteError, match=f"^found after step 2: .*{found}.*{advice}"):
         train(config, world)
-    assert markers(run) == [1] and json.loads((run / "checkpoints/best.json").read_text()) == {"step": 1}
+    assert markers(run) == [1] and Checkpoints(run, world=world).best() == 1
     assert len(valid_lines(run)) == 1, "broken weights get no figures"
     figures = train(replace(config, optim=replace(config.optim, dense_lr=1e-3, table_lr=0.05)), world)
     assert figures["steps"] == 3 and 0 <= figures["valid_ndcg@10"] < 1
@@ -108,9 +109,9 @@ def test_an_undefined_metric_keeps_checkpoints_and_patience(world, store, tmp_pa
     assert said.count("auc is undefined") == 3 and "early stop" not in said
     assert figures["steps"] == 12 and figures["valid_auc"] is figures["best_step"] is figures["below_baseline"] is None
     assert figures["baselines"] == {} and not (run / "baselines.json").exists()
-    assert markers(run) == [8, 12] and not (run / "checkpoints/best.json").exists()
+    assert markers(run) == [8, 12]
     marker = json.loads((run / "checkpoints/step-00000012/complete.json").read_text())
-    assert marker["progress"]["best"] is None
+    assert marker["progress"]["best"] is marker["best_step"] is None
     monkeypatch.undo()
     found = run_evaluation(EvaluateConfig(run=str(run)), world)
     assert found["step"] == 12 and "best is the newest checkpoint, step 12" in capsys.readouterr().err
@@ -158,5 +159,7 @@ def test_ranking_runs_are_evaluated_on_another_store(world, tmp_path):
     assert json.loads((run / "metrics_elsewhere_g0.json").read_text())["auc"] == found["auc"]
     with pytest.raises(ConfigError, match="seen=keep: only for runs with task=next_item"):
         run_evaluation(EvaluateConfig(seen="keep", **settings), world)
+    with pytest.raises(ConfigError, match="min_item_count=5: only for runs with task=next_item"):
+        run_evaluation(EvaluateConfig(min_item_count=5, **settings), world)
     with pytest.raises(DataError, match="generation"):
         run_evaluation(EvaluateConfig(generation=7, **settings), world)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import random
 import shutil
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch.distributed as dist
+import warm_ranks
 from files_data import score_run, train_run
 
 from elastic_rec.feature_store.checked import read_checked, write_checked
@@ -142,6 +145,48 @@ def test_the_best_is_known_from_any_marker_and_refused_when_damaged(run, world, 
     shutil.rmtree(step_folder(run, 3)), shutil.rmtree(step_folder(run, 4)), shutil.rmtree(step_folder(run, 6))
     capsys.readouterr()
     assert load(run, world, "best") == 2 and "no validation has given a figure" in capsys.readouterr().err
+
+
+def choose_on_ranks(rank: int, size: int, folder: str) -> None:
+    world = start_world("cpu")
+    checkpoints = Checkpoints(Path(folder) / ("later" if rank else "now"), world=world)
+    (Path(folder) / f"chosen-{rank}").write_text(f"{checkpoints.best()} {checkpoints.latest()}")
+    dist.destroy_process_group()
+
+
+def test_ranks_choose_one_checkpoint_though_a_training_writes_the_next(run, tmp_path):
+    """Rank 1 looks when there is a newer and better one."""
+    for name in ("now", "later"):
+        shutil.copytree(run, tmp_path / name)
+    newest = step_folder(tmp_path / "later", 7)
+    shutil.copytree(step_folder(run, 6), newest)
+    marker = {name: value for name, value in read_checked(newest / "complete.json").items() if name != "sha256"}
+    write_checked(newest / "complete.json", {**marker, "step": 7, "best_step": 7})
+    best = marker["best_step"]
+    warm_ranks.call(choose_on_ranks, str(tmp_path), ranks=2)
+    assert [(tmp_path / f"chosen-{rank}").read_text() for rank in (0, 1)] == [f"{best} 6"] * 2
+
+
+def test_a_copy_under_another_name_is_let_alone(run, world):
+    copy = step_folder(run, 6).with_suffix(".bak")
+    shutil.copytree(step_folder(run, 6), copy)
+    assert load(run, world, "last") == 6 and Checkpoints(run, world=world).complete_steps() == [2, 3, 4, 6]
+    Checkpoints(run, world=world).sweep()
+    assert (copy / "complete.json").exists()
+
+
+def test_lines_of_an_attempt_without_a_checkpoint_go(original, world, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "full")
+
+    options = ["optim.max_steps=3", "optim.epochs=9"]
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(OSError, match="full"):
+        train_run(world, original.parent / "store", tmp_path / "run", *options)
+    monkeypatch.undo()
+    train_run(world, original.parent / "store", tmp_path / "run", *options, "run.resume=true")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("train", 3), ("valid", 3)]
 
 
 def test_leftovers_go_when_a_training_starts(run, original, world, capsys):

@@ -19,7 +19,9 @@ from test_ranking_task import RANKING
 from elastic_rec.feature_store.append import append
 from elastic_rec.feature_store.ingest import IngestConfig
 from elastic_rec.feature_store.states import StateWriter
+from elastic_rec.pipeline import interrupts
 from elastic_rec.pipeline.checkpoints import Checkpoints
+from elastic_rec.pipeline.pulse import Pulse
 from elastic_rec.pipeline.run_folder import read_config, read_tables
 from elastic_rec.pipeline.score_folder import ScoreFolder
 from elastic_rec.pipeline.world import World, start_world
@@ -161,6 +163,38 @@ def test_checkpoints(world, run, tmp_path, monkeypatch):
             steps = [line for line in (root / "run/metrics.jsonl").read_text().splitlines() if '"train"' in line]
             assert len(steps) >= newest
     train_run(world, run.parent / "store", root / "run", *options, "run.resume=true")
+
+
+def test_a_step_that_is_saved_again_is_lost_at_no_moment(world, run, tmp_path, monkeypatch):
+    """Before its validation when a signal comes, and after it when the run goes on; it is the only one kept. A signal
+    does not end a save, however long it takes."""
+    root, options, beat = tmp_path / "root", ["optim.max_steps=3", "run.keep_last=1", "optim.epochs=1"], Pulse.beat
+    root.mkdir()
+    deferred, save = [], Checkpoints.save
+
+    def signalled(pulse: Pulse, at: str) -> None:
+        if at == "batch 0 of valid":
+            monkeypatch.setattr(interrupts._State, "name", "SIGTERM")
+        beat(pulse, at)
+
+    def saved(*args, **kwargs) -> None:
+        deferred.append(interrupts._State.num_deferred > 0)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(Pulse, "beat", signalled)
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    with pytest.raises(interrupts.Interrupted, match="at step 3, which is saved"):
+        train_run(world, run.parent / "store", root / "run", *options)
+    monkeypatch.undo()
+    with PowerCut(root) as cut:
+        train_run(world, run.parent / "store", root / "run", *options, "run.resume=true")
+    bests = set()
+    for moment in cut.moments():
+        cut.restore(moment.image)
+        checkpoints = Checkpoints(root / "run", world=world)
+        assert checkpoints.latest() == 3
+        bests.add(checkpoints.marker(3)["best_step"])
+    assert deferred == [True] and bests == {None, 3}
 
 
 def test_the_simulator_sees_a_file_that_is_renamed_before_it_is_synced(tmp_path):

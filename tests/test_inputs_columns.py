@@ -170,6 +170,52 @@ def test_impressions_take_the_same_ids(tmp_path, values, want):
     assert [store.vocabulary("item").decode([c["item"] for c in row]).to_pylist() for row in stored] == [want, want]
 
 
+def test_a_category_beyond_int64_is_refused_and_not_unknown(tmp_path):
+    """A hashed feature, as uint64."""
+    hashed = pa.array([2**63 + 5, 7], pa.uint64())
+    refused = r"(?s)p\.parquet: cannot be read: .*9223372036854775813 .*out of range.*as text\. DuckDB: COPY"
+    file = write(tmp_path / "p.parquet", events(c=hashed))
+    with pytest.raises(DataError, match=refused):
+        made(tmp_path, file, context_columns=["c"])
+    made(tmp_path, file)
+    lists = pa.array([[1], [2]])
+    table = {"user_id": [1, 1], "timestamp": [5, 6], "shown": lists, "y": lists, "c": hashed}
+    for values in (hashed, pa.array([hashed.to_pylist(), []], pa.list_(pa.uint64()))):
+        with pytest.raises(DataError, match=refused):
+            shown(tmp_path, write(tmp_path / "p.parquet", pa.table(table | {"c": values})), context=["c"])
+
+
+def test_a_label_that_nobody_has_in_one_file(tmp_path):
+    """pandas writes a day without a label as a list of nothing."""
+    made(tmp_path, write(tmp_path / "p.parquet", events()))
+    table = {"user_id": [1], "timestamp": [5], "shown": [[1, 2]]}
+    days = [[[0.0, 1.0]], pa.array([[None, None]], pa.list_(pa.null()))]
+    files = [write(tmp_path / f"{n}.parquet", pa.table(table | {"y": day})) for n, day in enumerate(days)]
+    assert shown(tmp_path, *files, context=[]).num_rows == 2
+    with pytest.raises(DataError, match="label 'y' is null for all candidates of 1 impressions"):
+        shown(tmp_path, files[1], context=[])
+
+
+def test_attributes_of_items_of_other_types(tmp_path):
+    made(tmp_path, write(tmp_path / "p.parquet", events()))
+    lists = write(tmp_path / "l", pa.table({"user_id": [1], "timestamp": [5], "shown": [[1, 2]], "y": [[0, 1]]}))
+
+    def tags(values: pa.Array) -> list:
+        file = write(tmp_path / "items", pa.table({"item_id": [1, 2], "tag": values}))
+        found = shown(tmp_path, lists, context=[], item_input=str(file), item_context_columns=["tag"])
+        return found.vocabulary("tag").decode(found.item_bags["tag"].values).to_pylist()
+
+    assert tags(pa.array([["a", "b"], ["b", "c"]], pa.list_(pa.string(), 2))) == ["a", "b", "b", "c"]
+    for values in (pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", b"a"]), pa.array([2**63, 1], pa.uint64())):
+        with pytest.raises(DataError, match=r"items: 'tag' is (struct|binary|uint64).*; cast it to int64 or string"):
+            tags(values)
+
+
+def test_a_name_that_the_engine_uses_is_reserved():
+    with pytest.raises(ValueError, match="'rowid' is reserved"):
+        ImpressionConfig(label_columns=["rowid"])
+
+
 def test_impressions_are_read_whole_or_refused(tmp_path):
     made(tmp_path, write(tmp_path / "p.parquet", events()))
 

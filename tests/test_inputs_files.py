@@ -102,6 +102,11 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     refused(r"a name with a comma is quoted for Hydra", "in/a", "b.csv")
     monkeypatch.chdir(tmp_path / "in")
     assert found("*.csv") == found("a.csv") == ["a.csv"]
+    refused("input is empty: give", "", "a.csv")  # and not the folder one is in
+    put(Path("log-12:00.csv"), 3)  # what Arrow takes for a URL
+    assert found("log*") == found("log-12:00.csv") == ["./log-12:00.csv"]
+    assert users(tmp_path, "log-12:00.csv") == [3]
+    refused(r"input 'file:/a\.csv': no file matches", "file:/a.csv")
 
 
 def test_tables_with_a_log_are_refused_with_the_way_out(tmp_path):

@@ -151,6 +151,9 @@ def test_metrics_equal_their_definitions(world):
     missed = RankingMetrics(k=[5, 10], length_edges=[20], device=world.device)
     missed.update(*(torch.tensor([value]) for value in (MISS, 3, 0)))
     assert missed.compute()["mrr"] == 0
+    whole = RankingMetrics(k=[10], length_edges=[], device=world.device)
+    whole.update(ranks, lengths, kinds)
+    assert whole.compute()["by_length"]["0+"]["users"] == 7
 
 
 def test_coverage_counts_distinct_items(world):

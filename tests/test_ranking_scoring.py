@@ -15,10 +15,12 @@ import torch
 from ranking_data import make_ranking_store
 from test_ranking_task import RANKING
 
+from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.impressions.table import ImpressionTable
 from elastic_rec.feature_store.store import Store
+from elastic_rec.feature_store.vocabulary import Vocabulary
 from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.ranking_scoring import _plan
+from elastic_rec.pipeline.ranking_scoring import _context, _plan
 from elastic_rec.pipeline.run_folder import load_model
 from elastic_rec.pipeline.schema import ScoreConfig
 from elastic_rec.pipeline.sharding import ParallelConfig
@@ -135,3 +137,13 @@ def test_mistakes_are_named(run):
     pq.write_table(pa.table({"user_id": ["a"], "item_id": [101]}), run / "strings.parquet")
     code, text = helpers.fail("score", *base, f"candidates={run}/strings.parquet")
     assert code == 2 and "not of the store's type" in text
+
+
+def test_context_of_other_types():
+    """Whole numbers that a null made doubles are the numbers; numbers for text are refused, with the file."""
+    ids = {"hour": pa.array([7, 8]), "device": pa.array(["tv", "phone"])}
+    known = {name: Vocabulary(column=name, ids=values, counts=np.ones(2)) for name, values in ids.items()}
+    table = pa.table({"hour": [8.0, None], "device": [[1.0], []]})
+    assert _context(table, known["hour"], "lists.parquet").values.tolist() == [3, 1]
+    with pytest.raises(DataError, match=r"^lists\.parquet: device is double, not of the store's type \(string\)"):
+        _context(table, known["device"], "lists.parquet")

@@ -7,7 +7,7 @@ import pytest
 from helpers import fail, run
 from store_files_cases import full_store
 
-from elastic_rec.feature_store.checked import describe_file, write_checked
+from elastic_rec.feature_store.checked import describe_file, write_checked, write_signed
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import open_location
 from elastic_rec.feature_store.verify import Findings, verify_store
@@ -31,6 +31,9 @@ def write_run(folder: Path) -> Path:
             files[name] = describe_file(step_dir / name)
         write_checked(step_dir / "complete.json", {"step": step, "files": files})
     (folder / "run" / "checkpoints" / "step-00000009.tmp").mkdir()
+    write_signed(folder / "run" / "config.yaml", "task: next_item\n")
+    for name in ("tables.json", "baselines.json"):
+        write_checked(folder / "run" / name, {"rows": 3})
     return folder / "run"
 
 
@@ -42,6 +45,7 @@ def write_scores(folder: Path) -> Path:
         path.write_bytes(b"scores" * (9 + number))
         parts.append({"path": path.name, "rows": number, **describe_file(path)})
     write_checked(out / "_manifest.json", {"parts": parts})
+    write_checked(out / "_job.json", {"k": 5})
     return out
 
 
@@ -94,6 +98,15 @@ def test_each_kind_of_damage_to_a_store_is_named(tmp_path):
 def test_runs_and_scores(tmp_path):
     run_dir, scores = write_run(tmp_path), write_scores(tmp_path)
     assert broken_in(verify_run, run_dir) == broken_in(verify_scores, scores) == []
+    about = [run_dir / name for name in ("config.yaml", "tables.json", "baselines.json")] + [scores / "_job.json"]
+    for path in about:
+        verify, before = (verify_run, run_dir) if path.parent == run_dir else (verify_scores, scores), path.read_bytes()
+        damage(path)
+        assert [f"{path} is damaged" in line for line in broken_in(*verify)] == [True]
+        path.unlink()
+        wanted = [] if path.name == "baselines.json" else [True]  # run.baselines=false
+        assert [f"{path} is missing" in line for line in broken_in(*verify)] == wanted
+        path.write_bytes(before)
     marker = run_dir / "checkpoints" / "step-00000003" / "complete.json"
     marker.write_text(marker.read_text().replace('"step": 3', '"step": 4'))
     assert "complete.json is damaged: its content does not fit its sha256" in broken_in(verify_run, run_dir)[0]

@@ -67,6 +67,8 @@ def test_iso_texts_keep_their_digits(tmp_path):
         ("1969-12-31T23:59:59Z", r"is before 1970"),
         ("1970-01-01T00:00:00+02:00", r"is before 1970"),
         ("2024-01-01 12:00:00 Europe/Berlin", r"is not a number, and no ISO time"),
+        ("2024-01-01T12:00:00+99:00", r"is not a number, and no ISO time"),
+        ("9" * 300 + "x", r"'9{199} is not a number, and no ISO time"),
         ("01/02/2024", r"is not a number, and no ISO time"),
         ("9999-12-31", r"'9999-12-31' is in the future for timestamp_unit=s"),
         (str(NOON * 1000), rf"'{NOON}000' is in the future .*in ms it is 2024-01-01T12:00:00Z: set timestamp_unit=ms"),
@@ -152,6 +154,9 @@ def test_impressions_take_the_same_forms(tmp_path):
     for times in (["2024-01-01T14:00:00+02:00"], pa.array([NOON], pa.timestamp("s", "Asia/Kolkata")), [float(NOON)]):
         assert impressions_of(tmp_path, pa.array(times)) == [NOON]
     assert impressions_of(tmp_path, pa.array([NOON * 1000]), timestamp_unit="ms") == [NOON]
+    for unit, rest in (("ms", 999), ("us", 500_000), ("ns", 1)):  # timestamp_unit is of numbers, as for candidates
+        per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+        assert impressions_of(tmp_path, pa.array([NOON * per_second + rest], pa.timestamp(unit))) == [NOON]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from elastic_rec.feature_store.times import parse_time_s
 _SHARE = re.compile(r"(\d+)%")
 STAGES = ("train", "valid", "test")
 # Columns of the table itself, and keys that batches add.
-RESERVED_NAMES = frozenset({"user_id", "timestamp", "candidates", "item", "bucket", "gap", "candidate", "seq"})
+RESERVED_NAMES = frozenset({"user_id", "timestamp", "candidates", "item", "bucket", "gap", "candidate", "seq", "rowid"})
 
 
 @dataclass

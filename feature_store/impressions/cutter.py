@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from elastic_rec.feature_store.cutter import BUCKET, run_starts
 from elastic_rec.feature_store.jagged import offsets_of
 from elastic_rec.feature_store.schema import ARROW_TYPES, USER
+from elastic_rec.feature_store.sources import is_list
 
 
 def impression_schema(user_type: str, labels: list[str], context: list[str]) -> pa.Schema:
@@ -36,6 +37,11 @@ def flat_list(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
     """A list column -> (lengths, flat values); a null list is an empty one."""
     lists = column.combine_chunks()
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False), pc.list_flatten(lists)
+
+
+def flat_bags(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """A column of lists or of single values -> (lengths, flat values)."""
+    return flat_list(column) if is_list(column.type) else (np.ones(len(column), np.int64), column.combine_chunks())
 
 
 def list_array(lengths: np.ndarray, values: pa.Array, type: pa.ListType) -> pa.ListArray:

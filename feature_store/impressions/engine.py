@@ -21,12 +21,13 @@ from elastic_rec.feature_store.filesystem import Location
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.sources import (
+    category_sql,
     find_column,
-    id_sql,
     is_list,
     kind_of,
     parquet_scan,
     rewrite,
+    text_id_sql,
     text_sql,
     unreadable,
     whole_sql,
@@ -160,8 +161,9 @@ class ImpressionEngine:
     def _staged(self, columns: dict[str, Column], time_kind: str) -> list[str]:
         config = self._config
         user, time, shown = (columns[getattr(config, setting)] for setting in SINGLE_COLUMNS)
-        given, kept = UNITS_PER_SECOND[config.timestamp_unit.value], UNITS_PER_SECOND[self._store.time_unit]
-        moment = time_sql(time.sql, time_kind, config.timestamp_unit.value)
+        unit = {"time": "us", "date": "us", "time_ns": "ns"}.get(time_kind, config.timestamp_unit.value)
+        given, kept = UNITS_PER_SECOND[unit], UNITS_PER_SECOND[self._store.time_unit]
+        moment = time_sql(time.sql, time_kind, unit)
         moment = times_factor(moment, kept // given) if kept > given else f"({moment}) // {given // kept}"
         candidates = shown.each(lambda item: _stored_id(item, shown.type, self._item_type))
         staged = [_stored_id(user.sql, user.type, self._user_type), moment, candidates]
@@ -170,7 +172,7 @@ class ImpressionEngine:
             staged.append(columns[name].each(lambda label, lowest=lowest: _label_sql(label, lowest)))
         for name in config.context_columns:
             kind, is_text = columns[name].kind, self._context_types[name] == "string"
-            staged.append(columns[name].each(lambda v, k=kind, t=is_text: text_sql(v, k) if t else id_sql(v, "int64")))
+            staged.append(columns[name].each(lambda v, k=kind, t=is_text: text_sql(v, k) if t else category_sql(v)))
         return staged
 
     def _columns(self, path: Location, schema: pa.Schema) -> dict[str, Column]:
@@ -185,7 +187,7 @@ class ImpressionEngine:
             column = columns[name] = Column(sql, type.value_type if is_list(type) else type, is_list(type))
             if column.is_list and setting in ("user_column", "timestamp_column"):
                 raise DataError(f"{path}: impression column '{name}' is {type}; it must hold one value")
-            if column.kind not in KINDS[setting]:
+            if column.kind not in KINDS[setting] and not pa.types.is_null(column.type):
                 raise DataError(
                     f"{path}: impression column '{name}' is {type}, which cannot be used there; cast it. "
                     + rewrite(path, f'* REPLACE (CAST("{name}" AS TYPE) AS "{name}")')
@@ -302,5 +304,5 @@ def _stored_id(sql: str, type: pa.DataType, stored: str) -> str:
         return whole if stored == "int64" else f"CAST(({whole}) AS VARCHAR)"
     text = text_sql(sql, kind)
     if stored == "string":
-        return id_sql(text, "text")
+        return text_id_sql(text)
     return f"CASE WHEN CAST(TRY_CAST({text} AS BIGINT) AS VARCHAR) = {text} THEN TRY_CAST({text} AS BIGINT) END"

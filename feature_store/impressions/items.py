@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import Location, open_location
 from elastic_rec.feature_store.impressions.config import ImpressionConfig
-from elastic_rec.feature_store.impressions.cutter import flat_list, list_array
-from elastic_rec.feature_store.sources import cast_ids
+from elastic_rec.feature_store.impressions.cutter import flat_bags, flat_list, list_array
+from elastic_rec.feature_store.sources import cast_ids, is_list
 from elastic_rec.feature_store.vocabulary import UNKNOWN, Vocabulary
 
 
@@ -32,12 +32,14 @@ def item_attributes(config: ImpressionConfig, items: Vocabulary) -> tuple[pa.Tab
         raise DataError(f"{path}: item attributes cannot be read ({error})") from error
     if missing := [name for name in [config.item_column, *names] if name not in table.column_names]:
         raise DataError(f"{path}: no column {missing}; it has: {there}")
-    stored = "int64" if pa.types.is_int64(items.ids.type) else "string"
-    ids = cast_ids(table[config.item_column].combine_chunks(), stored, where=f"{path}: {config.item_column}")
+    ids = cast_ids(table[config.item_column].combine_chunks(), items.type, where=f"{path}: {config.item_column}")
     rows = _row_of_index(items.encode(ids), items.size, path)
     columns, vocabularies = {}, {}
     for name in names:
-        columns[name], vocabularies[name] = _bags(table[name], name, rows)
+        try:
+            columns[name], vocabularies[name] = _bags(table[name], name, rows)
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: '{name}' is {table[name].type} ({error}); cast it to int64 or string") from error
     return pa.table(columns), vocabularies
 
 
@@ -52,16 +54,14 @@ def _row_of_index(indices: np.ndarray, size: int, path: Location) -> np.ndarray:
 
 
 def _bags(column: pa.ChunkedArray, name: str, rows: np.ndarray) -> tuple[pa.Array, Vocabulary]:
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    values = flat_list(column)[1] if is_list else column.combine_chunks()
+    lengths, values = flat_bags(column)
     values = values.cast(pa.int64() if pa.types.is_integer(values.type) else pa.string())
     counted = pc.value_counts(values.drop_null()).flatten()
     counts = pa.table({"id": counted[0], "count": counted[1]}).sort_by([("count", "descending"), ("id", "ascending")])
     vocabulary = Vocabulary(column=name, ids=counts["id"].combine_chunks(), counts=counts["count"].to_numpy())
-    lengths = flat_list(column)[0] if is_list else np.ones(len(column), np.int64)
     encoded = list_array(lengths, pa.array(vocabulary.encode(values)), pa.list_(pa.int64()))
     taken = pa.chunked_array([encoded.take(pa.array(rows, mask=rows < 0))])
-    if is_list:
+    if is_list(column.type):
         return list_array(*flat_list(taken), pa.list_(pa.int64())), vocabulary
     single = np.full(len(rows), UNKNOWN, np.int64)
     single[rows >= 0] = flat_list(taken)[1].to_numpy()

@@ -31,7 +31,7 @@ from elastic_rec.feature_store.impressions.visits import (
 from elastic_rec.feature_store.jagged import offsets_of
 from elastic_rec.feature_store.order import Share, drawn_order, epoch_blocks
 from elastic_rec.feature_store.schema import ITEM
-from elastic_rec.feature_store.store import Store, bucket_of_path, first_users
+from elastic_rec.feature_store.store import Store, first_users
 
 
 class GroupRows(NamedTuple):
@@ -175,7 +175,7 @@ class ImpressionReader:
         firsts = first_users(store)
         first_group: dict[int, int] = {}
         for number, group in enumerate(self.decoder.groups):
-            first_group.setdefault(bucket_of_path(store.files[group.file].path), number)
+            first_group.setdefault(store.files[group.file].bucket, number)
         groups = []
         for file, entry in enumerate(self.table.manifest["files"]):
             users, times = self.table.users_and_times(file)

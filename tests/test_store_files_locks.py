@@ -1,0 +1,30 @@
+"""A disk that cannot lock is named; what is on it is not taken for somebody else's."""
+
+import errno
+import fcntl
+import os
+
+import pytest
+from feature_store_reference import make_store, random_events
+
+from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.generations import compact
+from elastic_rec.feature_store.ingest import IngestConfig
+from elastic_rec.feature_store.locks import hold_folder
+from elastic_rec.feature_store.scratch import scratch_folder
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch):
+    store = make_store(tmp_path, random_events(20))
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # what NFS says of a folder
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for begin in (
+        scratch_folder(tmp_path).__enter__,
+        hold_folder(tmp_path / "run", job="training", remedy="wait").__enter__,
+        lambda: compact(IngestConfig(out=str(store.path))),
+    ):
+        with pytest.raises(DataError, match=f"^{tmp_path}/.* cannot be locked .*Bad file descriptor.*NFS"):
+            begin()
