@@ -49,4 +49,7 @@ class Kills:
             return "finished before"
         if -self.signal in ended.codes:
             return "killed"
-        return "one line, code 75" if set(ended.codes) == {75} else None
+        if 75 not in ended.codes or ended.hung:
+            return None
+        others = sorted({*ended.codes} - {75})  # 4: a rank that takes the other one's end for a loss
+        return f"code 75{f', another rank {others}' if others else ''}"
