@@ -24,7 +24,7 @@ demo: install ## raw MovieLens events -> history store -> trained, evaluated and
 	@$(BIN)/python pipeline/demo.py $(ARGS)
 
 test: install ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 soak: install ## inject faults for MINUTES minutes (default 5) and print what was survived
 	@$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(ARGS)
