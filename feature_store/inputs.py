@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import unquote
 
+from elastic_rec.feature_store.credentials import refuse_credentials
 from elastic_rec.feature_store.errors import DataError
 from elastic_rec.feature_store.filesystem import WILDCARD, Location, open_location
 
@@ -81,6 +82,7 @@ def codec(path: Location) -> str | None:
 def _files_of(entry: str) -> tuple[Location | None, list[Location]]:
     """(the folder that was looked through, None for a file named as such; the files). A local name with wildcards may
     be a file's or folder's own."""
+    refuse_credentials(entry)
     entry = entry.removeprefix("file://")
     if "://" not in entry or not WILDCARD.search(entry):
         place = open_location(entry)

@@ -175,7 +175,7 @@ def find_column(path: Location, names: list[str], name: str, *, setting: str) ->
     if name in names or name not in keys:
         what = "not unique" if name in names else "missing"
         folders = f"; its folders: {', '.join(keys)}" if keys else ""
-        raise DataError(f"{path}: column '{name}' is {what}; it has: {', '.join(names)}{folders}. Set {setting}")
+        raise DataError(f"{path}: column '{name}' is {what}; it has: {named(names)}{folders}. Set {setting}")
     if setting != "context_columns":
         raise DataError(
             f"{path}: '{name}' is in the name of a folder, which is read for context_columns only, not for {setting}. "
@@ -205,6 +205,12 @@ def unreadable(path: Location, error: duckdb.Error, *, has_quotes: bool) -> str:
     lines = [line for line in text.split("\nPossible ")[0].splitlines() if line.strip()][:4]
     short = [line if len(line) <= 200 else f"{line[:200]}... ({len(line):,} characters)" for line in lines]
     return f"{path}: cannot be read: " + "\n".join(short) + advice
+
+
+def named(columns: list[str]) -> str:
+    """Names as messages list them; a file may have thousands."""
+    text = ", ".join(columns)
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def quote(text: str) -> str:
@@ -257,7 +263,7 @@ def _read_header(path: Location, local: Path, format: str, columns: dict[str, st
     advice = f"Set {column_settings(columns)[role]}, or write the names into a first line if the file has none"
     if format == "tsv" and '"' in line:
         advice += "; TSV has no quotes, set format=csv to have them taken off"
-    raise DataError(f"{path}: column '{name}' is missing; it has: {', '.join(header)}. {advice}")
+    raise DataError(f"{path}: column '{name}' is missing; it has: {named(header)}. {advice}")
 
 
 def _open_parquet(path: Location, local: Path, columns: dict[str, str]) -> Source:
