@@ -80,7 +80,7 @@ def test_training_is_saved_and_goes_on_as_if_nothing_had_been(verbs, train, unbr
 @pytest.mark.parametrize(
     ("verb", "arguments", "beat"),
     [
-        ("evaluate", [], ("batch 0 of test", 2)),
+        ("evaluate", [], ("batch 0 of test", 1)),
         ("score", ["out={}/scores"], ("batch 1 of a part", 3)),
         ("score", ["out={}/states", "mode=incremental"], ("batch 1 of a part", 3)),
     ],
