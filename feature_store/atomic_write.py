@@ -54,15 +54,18 @@ def aside_of(path: Path) -> Path:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a whole file, as atomic_write does."""
     with atomic_write(path) as aside:
         aside.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a whole file of UTF-8, as atomic_write does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as to_json has it, as atomic_write does."""
     write_text(path, to_json(value, indent=1) + "\n")
 
 
