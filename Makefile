@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # STACK=cpu or STACK=cuda overrides the choice that packaging/install.py makes by asking nvidia-smi.
 STACK ?= auto
-# Handed on by demo, test and soak: make demo ARGS="...", make test ARGS="-k lda -x"
+# Handed on by demo, test and soak: make demo ARGS="...", make test ARGS="-k lda -x", make test ARGS="-n 4 --dist loadfile"
 ARGS ?=
 # How long make soak may take.
 MINUTES ?= 5
@@ -24,7 +24,7 @@ demo: install ## raw MovieLens events -> history store -> trained, evaluated and
 	@$(BIN)/python pipeline/demo.py $(ARGS)
 
 test: install ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 soak: install ## inject faults for MINUTES minutes (default 5) and print what was survived
 	@$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(ARGS)
