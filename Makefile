@@ -38,7 +38,7 @@ format: install ## ruff: put right what it can
 	@$(BIN)/python -m ruff format .
 
 docs: install ## regenerate docs/reference from the config classes
-	@$(BIN)/python -m elastic_rec.pipeline.config_reference
+	@$(BIN)/python -m elastic_rec.pipeline.reports.config_reference
 
 clean: ## remove build products and caches; .venv, data and runs stay
 	@rm -rf build dist *.egg-info packaging/fbgemm-gpu-shim/build packaging/fbgemm-gpu-shim/*.egg-info

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from elastic_rec.feature_store.atomic_write import to_json
-from elastic_rec.pipeline.benchmarks import efficiency, far_back, feature_store, ranking, streaming
-from elastic_rec.pipeline.benchmarks.config import BenchmarkConfig, Suite
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import verb
+from elastic_rec.feature_store.utils.atomic_write import to_json
+from elastic_rec.pipeline.reports.benchmarks import efficiency, far_back, feature_store, ranking, streaming
+from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig, Suite
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
 
 # A suite is a function (config, device, out, say) -> (figures of the last line, one text per missed target).
 SUITES = {

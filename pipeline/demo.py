@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 from elastic_rec.feature_store.datasets import DatasetUnavailable
-from elastic_rec.pipeline.endings import EXIT_UNAVAILABLE
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.plots import plot_run
-from elastic_rec.pipeline.schema import DemoConfig
+from elastic_rec.pipeline.config.verbs import DemoConfig
+from elastic_rec.pipeline.reports.plots import plot_run
+from elastic_rec.pipeline.runtime.endings import EXIT_UNAVAILABLE
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
 
 PIPELINE = Path(__file__).parent
 

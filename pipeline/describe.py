@@ -9,15 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-from elastic_rec.feature_store.filesystem import Location, open_location
-from elastic_rec.feature_store.progress import peak_memory_bytes
-from elastic_rec.feature_store.statistics import describe_impressions, has_impressions, measure
-from elastic_rec.feature_store.store import Store
-from elastic_rec.pipeline.data_schema import DescribeConfig
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.store_figures import headlines, store_figures
-from elastic_rec.pipeline.store_page import page
+from elastic_rec.feature_store.inspection.statistics import describe_impressions, has_impressions, measure
+from elastic_rec.feature_store.table.location import Location, open_location
+from elastic_rec.feature_store.table.store import Store
+from elastic_rec.feature_store.utils.progress import peak_memory_bytes
+from elastic_rec.pipeline.config.data import DescribeConfig
+from elastic_rec.pipeline.reports.store_figures import headlines, store_figures
+from elastic_rec.pipeline.reports.store_page import page
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
 
 
 @verb("describe", DescribeConfig)

@@ -8,22 +8,22 @@ python pipeline/evaluate.py run=runs/mine store=stores/mine generation=31
 from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
-from elastic_rec.feature_store.atomic_write import write_json
-from elastic_rec.feature_store.splits import SplitKind
-from elastic_rec.models.heads.retrieval import RetrievalModel
-from elastic_rec.pipeline.baselines import fit_baselines
-from elastic_rec.pipeline.data_schema import Seen
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.evaluation import below_baseline, evaluate, measure_baselines
-from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.ranking_task import RankingTask
-from elastic_rec.pipeline.run_folder import load_model, read_config
-from elastic_rec.pipeline.schema import EvaluateConfig, Task
-from elastic_rec.pipeline.targets import Survey, require_targets, resolve_seen, survey
-from elastic_rec.pipeline.task import NextItemTask
-from elastic_rec.pipeline.tasks import AnyTask
-from elastic_rec.pipeline.validation import warn_below, warn_of_misses
-from elastic_rec.pipeline.world import World
+from elastic_rec.feature_store.batches.splits import SplitKind
+from elastic_rec.feature_store.utils.atomic_write import write_json
+from elastic_rec.models.retrieval.model import RetrievalModel
+from elastic_rec.pipeline.config.data import Seen
+from elastic_rec.pipeline.config.verbs import EvaluateConfig, Task
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
+from elastic_rec.pipeline.runtime.world import World
+from elastic_rec.pipeline.tasks.next_item.baselines import fit_baselines
+from elastic_rec.pipeline.tasks.next_item.evaluation import below_baseline, evaluate, measure_baselines
+from elastic_rec.pipeline.tasks.next_item.targets import Survey, require_targets, resolve_seen, survey
+from elastic_rec.pipeline.tasks.next_item.task import NextItemTask
+from elastic_rec.pipeline.tasks.ranking.task import RankingTask
+from elastic_rec.pipeline.tasks.registry import AnyTask
+from elastic_rec.pipeline.training.run_folder import load_model, read_config
+from elastic_rec.pipeline.training.validation import warn_below, warn_of_misses
 
 KEY_OF = {"seen": Task.next_item, "min_item_count": Task.next_item, "max_history": Task.ranking}
 

@@ -11,22 +11,22 @@ python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=imp
     "data.impressions.input=[/logs/shown.parquet]" "data.impressions.label_columns=[click]"
 """
 
-from elastic_rec.feature_store.append import append
-from elastic_rec.feature_store.atomic_write import at_place
 from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impressions
-from elastic_rec.feature_store.generations import compact, rollback
-from elastic_rec.feature_store.impressions.ingest import ingest_impressions
-from elastic_rec.feature_store.ingest import IngestMode, ingest
-from elastic_rec.feature_store.scratch import scratch_folder
-from elastic_rec.pipeline.data_schema import DataConfig, IngestVerbConfig
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import verb
+from elastic_rec.feature_store.ingestion.append import append
+from elastic_rec.feature_store.ingestion.create import IngestMode, ingest
+from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
+from elastic_rec.feature_store.table.versions import compact, rollback
+from elastic_rec.feature_store.utils.atomic_write import at_place
+from elastic_rec.feature_store.utils.scratch import scratch_folder
+from elastic_rec.pipeline.config.data import DataConfig, IngestVerbConfig
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
 
 MODES = {
     IngestMode.create: ingest,
     IngestMode.append: append,
-    IngestMode.compact: compact,
-    IngestMode.rollback: rollback,
+    IngestMode.compact: lambda config: compact(config.out, grace_hours=config.grace_hours),
+    IngestMode.rollback: lambda config: rollback(config.out, generation=config.generation),
 }
 
 

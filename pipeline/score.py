@@ -7,16 +7,16 @@ python pipeline/score.py task=ranking run=runs/ml1m-ranking candidates=lists.par
 """
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.incremental import score_increment
-from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.ranking_scoring import score_candidates
-from elastic_rec.pipeline.run_folder import load_model, read_config
-from elastic_rec.pipeline.schema import ScoreConfig, ScoreMode, Task, TrainConfig
-from elastic_rec.pipeline.scoring import score_store, scoring_config
-from elastic_rec.pipeline.targets import resolve_seen
-from elastic_rec.pipeline.task import ALL
-from elastic_rec.pipeline.world import World
+from elastic_rec.pipeline.config.verbs import ScoreConfig, ScoreMode, Task, TrainConfig
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
+from elastic_rec.pipeline.runtime.world import World
+from elastic_rec.pipeline.tasks.next_item.incremental import score_increment
+from elastic_rec.pipeline.tasks.next_item.scoring import score_store, scoring_config
+from elastic_rec.pipeline.tasks.next_item.targets import resolve_seen
+from elastic_rec.pipeline.tasks.next_item.task import ALL
+from elastic_rec.pipeline.tasks.ranking.scoring import score_candidates
+from elastic_rec.pipeline.training.run_folder import load_model, model_fingerprint, read_config
 
 MODES = {ScoreMode.full: score_store, ScoreMode.incremental: score_increment}
 
@@ -43,8 +43,13 @@ def score(config: ScoreConfig, world: World) -> dict:
         store=config.store or run.data.store,
         config=run,
     )
+    fingerprint = model_fingerprint(config.run, step=step, config=task.config, world=world)
     config.seen = resolve_seen(task, config.seen or run.data.seen)
-    return {"run": config.run, "step": step, **MODES[config.mode](task, model, step=step, config=config)}
+    return {
+        "run": config.run,
+        "step": step,
+        **MODES[config.mode](task, model, step=step, fingerprint=fingerprint, config=config),
+    }
 
 
 def _rank(config: ScoreConfig, run: TrainConfig, world: World) -> dict:
@@ -64,7 +69,12 @@ def _rank(config: ScoreConfig, run: TrainConfig, world: World) -> dict:
         store=config.store or run.data.store,
         config=run,
     )
-    return {"run": config.run, "step": step, **score_candidates(task, model, step=step, config=config)}
+    fingerprint = model_fingerprint(config.run, step=step, config=task.config, world=world)
+    return {
+        "run": config.run,
+        "step": step,
+        **score_candidates(task, model, step=step, fingerprint=fingerprint, config=config),
+    }
 
 
 if __name__ == "__main__":

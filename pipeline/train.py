@@ -8,22 +8,22 @@ python pipeline/train.py experiment=ml1m_ranking run.dir=runs/ml1m-ranking
 from pathlib import Path
 
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
-from elastic_rec.feature_store.cursor import Cursor
-from elastic_rec.feature_store.impressions.reader import ImpressionReader
-from elastic_rec.feature_store.reader import HistoryReader
-from elastic_rec.models.heads.ranking import RankingModel
-from elastic_rec.models.heads.retrieval import RetrievalModel
-from elastic_rec.pipeline.checkpoints import Checkpoints
-from elastic_rec.pipeline.launch import verb
-from elastic_rec.pipeline.metrics_log import MetricsLog
-from elastic_rec.pipeline.optimisers import attach_table_optimisers, build_optimiser
-from elastic_rec.pipeline.run_folder import keep_generation, open_run
-from elastic_rec.pipeline.schema import TrainConfig
-from elastic_rec.pipeline.sharding import plan_table, shard
-from elastic_rec.pipeline.tasks import AnyTask, make_task
-from elastic_rec.pipeline.trainer import Trainer, planned_steps
-from elastic_rec.pipeline.validation import Validation, prepare
-from elastic_rec.pipeline.world import World
+from elastic_rec.feature_store.reading.cursor import Cursor
+from elastic_rec.feature_store.reading.history_reader import HistoryReader
+from elastic_rec.feature_store.reading.impression_reader import ImpressionReader
+from elastic_rec.models.ranking.model import RankingModel
+from elastic_rec.models.retrieval.model import RetrievalModel
+from elastic_rec.pipeline.config.verbs import TrainConfig
+from elastic_rec.pipeline.runtime.launch import verb
+from elastic_rec.pipeline.runtime.sharding import plan_table, shard
+from elastic_rec.pipeline.runtime.world import World
+from elastic_rec.pipeline.tasks.registry import AnyTask, make_task
+from elastic_rec.pipeline.training.checkpoints import Checkpoints
+from elastic_rec.pipeline.training.metrics_log import MetricsLog
+from elastic_rec.pipeline.training.optimizers import attach_table_optimisers, build_optimiser
+from elastic_rec.pipeline.training.run_folder import keep_generation, open_run
+from elastic_rec.pipeline.training.trainer import Trainer, planned_steps
+from elastic_rec.pipeline.training.validation import Validation, prepare
 
 
 @verb("train", TrainConfig, distributed=True)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elastic_rec.feature_store.checked import fault_in, read_checked, read_signed
-from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.filesystem import open_location
-from elastic_rec.feature_store.verify import Findings, verify_store
-from elastic_rec.pipeline.data_schema import VerifyConfig
-from elastic_rec.pipeline.errors import ConfigError
-from elastic_rec.pipeline.launch import verb
+from elastic_rec.feature_store.inspection.verify import Findings, verify_store
+from elastic_rec.feature_store.table.location import open_location
+from elastic_rec.feature_store.utils.checked_json import fault_in, read_checked, read_signed
+from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.pipeline.config.data import VerifyConfig
+from elastic_rec.pipeline.runtime.errors import ConfigError
+from elastic_rec.pipeline.runtime.launch import verb
 
 CHECKPOINT, SCORES, JOB = "complete.json", "_manifest.json", "_job.json"  # not imported: what writes them needs torch
 

@@ -49,7 +49,7 @@ def plain_folder(tmp_path: Path, *, without: tuple[str, ...] = ()) -> Path:
 
 def test_installed_trio_is_accepted_and_only_torchrecs_noise_is_muted(tmp_path):
     code = (
-        "import elastic_rec.feature_store.batch, elastic_rec.models, elastic_rec.pipeline, warnings\n"
+        "import elastic_rec.feature_store.batches.prefix_batch, elastic_rec.models, elastic_rec.pipeline, warnings\n"
         "warnings.warn_explicit('known noise', FutureWarning, 'f.py', 1, module='torchrec.distributed.x')\n"
         "warnings.warn_explicit('news', FutureWarning, 'f.py', 1, module='somebody.else')\n"
     )
@@ -59,7 +59,7 @@ def test_installed_trio_is_accepted_and_only_torchrecs_noise_is_muted(tmp_path):
     assert "news" in done.stderr
 
 
-@pytest.mark.parametrize("room", ["feature_store.batch", "models", "pipeline"])
+@pytest.mark.parametrize("room", ["feature_store.batches.prefix_batch", "models", "pipeline"])
 def test_mismatch_stops_the_import_with_one_line(tmp_path, room):
     for name, version in (("torch", "2.13.0+cpu"), ("torchrec", "1.8.0"), ("fbgemm-gpu-cpu", "1.7.0")):
         fake_metadata(tmp_path, name, version)
@@ -79,7 +79,7 @@ def test_an_ingest_imports_none_of_them(tmp_path):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the message under test is the one for a CPU build of torch")
-@pytest.mark.parametrize("first", ["models", "feature_store.decode", "pipeline.train", "pipeline.score"])
+@pytest.mark.parametrize("first", ["models", "feature_store.reading.row_groups", "pipeline.train", "pipeline.score"])
 def test_cuda_fbgemm_beside_cpu_torch_is_named_in_one_line(tmp_path, first):
     """The stand-in fails as the CUDA wheel does: the dynamic loader cannot open a library; it logs, then raises."""
     (tmp_path / "fbgemm_gpu").mkdir()
@@ -124,7 +124,7 @@ def test_plain_folder_with_a_foreign_torchrec_is_caught_by_its_version(tmp_path)
 
 def test_missing_package_is_named(tmp_path):
     folder = plain_folder(tmp_path, without=("torchrec",))
-    done = run_python("import elastic_rec.feature_store.batch", path=folder, flags=("-S",))
+    done = run_python("import elastic_rec.feature_store.batches.prefix_batch", path=folder, flags=("-S",))
     assert done.stderr.splitlines()[-1] == "ImportError: torchrec not installed (found nothing): run `make install`"
 
 

@@ -13,8 +13,8 @@ from elastic_rec.feature_store.datasets.files import EventFiles, default_cache_d
 from elastic_rec.feature_store.datasets.impressions import PlantedConfig, movielens_impressions, planted_impressions
 from elastic_rec.feature_store.datasets.movielens import movielens
 from elastic_rec.feature_store.datasets.synthetic import SyntheticConfig, generate
-from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.impressions.config import ImpressionConfig
+from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
+from elastic_rec.feature_store.utils.errors import DataError
 
 __all__ = [
     "DatasetConfig",

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from elastic_rec.feature_store.credentials import refuse_credentials
-from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.limits import BLOCK_BYTES, check_zip
+from elastic_rec.feature_store.utils.credentials import refuse_credentials
+from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.limits import BLOCK_BYTES, check_zip
 
 MOST_BYTES = 1 << 30  # ml-20m has 0.2 GB
 CONNECT_TIMEOUT_S = 8.0

@@ -20,9 +20,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_rec.feature_store.atomic_write import make_folder, sync, sync_tree, write_json
-from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.scratch import scratch_folder
+from elastic_rec.feature_store.utils.atomic_write import make_folder, sync, sync_tree, write_json
+from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.scratch import scratch_folder
 
 MARKER = "complete.json"
 FORMAT = 1  # raise it when the converted files change, so that older caches are made anew

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.datasets.files import EventFiles
 from elastic_rec.feature_store.datasets.world import SyntheticConfig, World
-from elastic_rec.feature_store.impressions.config import ImpressionConfig
-from elastic_rec.feature_store.sources import quote
+from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
+from elastic_rec.feature_store.ingestion.sources import quote
 
 GRADES = {"liked": 4, "loved": 5, "passable": 3}  # label -> the lowest rating that has it
 DEVICES = np.array(["web", "phone", "tv"])

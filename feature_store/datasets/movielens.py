@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from elastic_rec.feature_store.datasets import movielens_formats as formats
 from elastic_rec.feature_store.datasets.fetch import DatasetUnavailable, download, wheel_members
 from elastic_rec.feature_store.datasets.files import EventFiles, commit_folder, default_cache_dir, open_folder
-from elastic_rec.feature_store.errors import DataError
+from elastic_rec.feature_store.utils.errors import DataError
 
 log = logging.getLogger(__name__)
 LICENCE = (

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as csv
 
-from elastic_rec.feature_store.errors import DataError
-from elastic_rec.feature_store.limits import check_zip
+from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.limits import check_zip
 
 EVENT_COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 USER_SCHEMA = pa.schema(

@@ -1,4 +1,4 @@
-"""Jobs whose disk loses power at a random sync, rename or deletion, then run again. tests/power_cut.py records them."""
+"""Jobs whose disk loses power at a random sync, rename or deletion, then run again (tests/support/power_cut.py)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 # ruff: noqa: E402
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "support")]
 sys.dont_write_bytecode = True  # children would differ in what they write
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -1,0 +1,1 @@
+"""Histories and impressions to tensors: splits, examples, windows, batches."""

@@ -1,0 +1,1 @@
+"""The write path: raw events and impressions to a store, and appends to it."""

@@ -1,0 +1,259 @@
+"""A new day's events folded into a store: the next generation, all or nothing.
+
+Buckets that get events are written anew beside the old ones (copy-on-write), the others are shared. Data files first,
+then their manifest, then manifest.json (versions.py): whatever moment the process dies at, the current generation
+stays whole, and running the append again finishes it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from elastic_rec.feature_store.ingestion.checks import Policy
+from elastic_rec.feature_store.ingestion.contents import write_sorted, write_vocabularies
+from elastic_rec.feature_store.ingestion.create import IngestConfig, TimeUnit
+from elastic_rec.feature_store.ingestion.inputs import find_inputs
+from elastic_rec.feature_store.ingestion.merge import MergeEngine
+from elastic_rec.feature_store.table import schema
+from elastic_rec.feature_store.table.location import Location
+from elastic_rec.feature_store.table.manifest import check_digest, put_in_place
+from elastic_rec.feature_store.table.store import Store
+from elastic_rec.feature_store.table.versions import append_folder, next_generation, publish, writing
+from elastic_rec.feature_store.table.vocabulary import FIRST
+from elastic_rec.feature_store.utils.credentials import mask_credentials
+from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.progress import peak_memory_bytes
+
+
+def append(config: IngestConfig) -> dict:
+    """Adds config.input to the store at config.out. Returns figures; DataError leaves the store as it was.
+
+    Columns, time unit, buckets and row groups are those the store was made with.
+    """
+    began = time.perf_counter()
+    with writing(config.out) as root:
+        base = Store.open(root)
+        config = _settled(config, base)
+        paths, format = find_inputs(config.input, format=config.format.value)
+        if not config.force and config.event_id_column is None:
+            _refuse_known(paths, base)
+        with append_folder(root) as work:
+            merged = _merge(config, base, paths, format, work)
+            figures = _publish(base, merged, work) if merged.counts else _nothing_new(base, merged)
+    seconds = time.perf_counter() - began
+    rate = round(figures["read_events"] / seconds)
+    peak = peak_memory_bytes()
+    return {
+        "store": str(config.out),
+        **figures,
+        "seconds": round(seconds, 3),
+        "events_per_s": rate,
+        "peak_memory_bytes": peak,
+    }
+
+
+def _settled(config: IngestConfig, base: Store) -> IngestConfig:
+    """config with the store's own settings; DataError where config asks for others, or the store cannot grow."""
+    stored = base.manifest
+    if "row_group_events" not in stored:
+        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest it anew (mode=create)")
+    columns, filters = stored["source"]["columns"], stored["filters"]
+    for name in ("min_user_events", "min_item_events", "max_history"):
+        if (value := filters.get(name, none := getattr(IngestConfig(), name))) > none:
+            raise DataError(
+                f"{base.path} was made with {name}={value}: what was dropped then is not in it and might be kept "
+                f"today. Make the store with {name}={none} to append to it, or ingest everything anew (mode=create)"
+            )
+    for name in ("out_of_order", "gaps"):
+        if getattr(config.checks, name) is Policy.drop:
+            raise DataError(
+                f"checks.{name}=drop would look at the new events alone; append with keep (late events are put in "
+                "their place), or fail"
+            )
+    settled = {
+        "name": stored["name"],
+        "user_column": columns["user"],
+        "item_column": columns["item"],
+        "timestamp_column": columns["timestamp"],
+        "event_id_column": columns.get("event_id"),
+        "context_columns": [c for c in columns if c not in ("user", "item", "timestamp", "event_id")],
+        "timestamp_unit": TimeUnit(stored["time_unit"]),
+        "num_buckets": stored["num_buckets"],
+        "row_group_events": stored["row_group_events"],
+        "min_user_events": 1,
+        "min_item_events": 1,
+        "max_history": 0,
+        "first_time": filters.get("first_time"),
+        "end_time": filters.get("end_time"),
+        "min_vocabulary_count": filters.get("min_vocabulary_count", 1),
+    }
+    default = IngestConfig()
+    for name, value in settled.items():
+        given = getattr(config, name)
+        if given not in (value, getattr(default, name)):  # a setting left alone cannot be told from the default
+            raise DataError(f"{name}={given}, but {base.path} was made with {value}; leave {name} out")
+    return replace(config, **settled)
+
+
+def _refuse_known(paths: list[Location], base: Store) -> None:
+    """Without event ids only the bytes of a file tell that its events are in the store already."""
+    taken = [entry for entry in base.manifest["source"]["files"] if entry["events"]]
+    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, generation {entry['generation']}" for entry in taken}
+    sizes = {entry["bytes"] for entry in taken}
+    for path in paths:
+        if path.size() in sizes and (digest := path.digest()) in known:
+            raise DataError(
+                f"{path}: the same bytes were taken before ({known[digest]}); nothing was appended. To append such "
+                "events once more and so double them: force=true"
+            )
+
+
+class Merged(NamedTuple):
+    """What came of the new events, in files of the work folder that nothing refers to yet.
+
+    read_events: of the input. old: entries of the data files that `data` replaces. counts: as MergeEngine.fold gives
+    them, None where every event was known or dropped. outside: events dropped by the time range.
+    """
+
+    inputs: list[dict]
+    read_events: int
+    checks: dict[str, int]
+    duplicates: int
+    outside: int
+    old: list[dict]
+    data: list[dict]
+    vocabularies: dict[str, dict]
+    counts: dict[str, int] | None
+
+
+def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str, work: Path) -> Merged:
+    root, roles = base.path, config.roles()
+    old_files = {_bucket(entry): entry for entry in base.manifest["files"]}
+    (work / "duckdb").mkdir()
+    with MergeEngine(
+        base=base,
+        work=work / "duckdb",
+        roles=list(roles),
+        memory_limit=config.memory_limit,
+        threads=config.threads,
+        checks=config.checks,
+    ) as engine:
+        inputs = engine.load_inputs(paths, format=format, columns=roles)
+        read_events = sum(entry["events"] for entry in inputs)
+        checks = engine.clean()
+        engine.adopt_types()
+        outside = engine.keep_times(*config.time_range())
+        old = _pick(old_files, engine.touched_buckets())
+        copies = {entry["path"]: (root / entry["path"]).fetch(work / "old" / str(_bucket(entry))) for entry in old}
+        for entry in old:  # a bit flipped on disk must not be copied under a fresh digest
+            check_digest(root, entry, copy=copies[entry["path"]])
+        checks["duplicates"] += (known := engine.drop_known(list(copies.values())))
+        duplicates = checks["duplicates"] if config.checks.duplicates is Policy.drop else known
+        if not engine.num_staged():
+            return Merged(inputs, read_events, checks, duplicates, outside, [], [], {}, None)
+        old = _pick(old_files, engine.touched_buckets())
+        counts = engine.fold(min_vocabulary_count=config.min_vocabulary_count)
+        vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
+        data, order_checks = write_sorted(
+            engine.merged_batches([copies[entry["path"]] for entry in old]),
+            root=work,
+            schema=schema.history_schema(
+                user_type=engine.id_type("user"),
+                event_id_type=engine.id_type("event_id"),
+                context_columns=config.context_columns,
+            ),
+            row_group_events=config.row_group_events,
+            checks=config.checks,
+            unit=base.time_unit,
+            num_events=_num_events(old) + counts["appended_events"],
+        )
+    return Merged(inputs, read_events, checks | order_checks, duplicates, outside, old, data, vocabularies, counts)
+
+
+def _publish(base: Store, merged: Merged, work: Path) -> dict:
+    """The next generation, from the files in `work`; returns its figures."""
+    root, counts = base.path, merged.counts
+    expected = _num_events(merged.old) + counts["appended_events"]
+    if (found := _num_events(merged.data)) != expected:
+        raise DataError(
+            f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
+            "program: please report it with the input"
+        )
+    number = next_generation(root)
+    data = put_in_place(merged.data, work, root)
+    names, entries = list(merged.vocabularies), list(merged.vocabularies.values())
+    vocabularies = dict(zip(names, put_in_place(entries, work, root), strict=True))
+    by_bucket = {_bucket(entry): entry for entry in [*base.manifest["files"], *data]}
+    files = [by_bucket[bucket] for bucket in sorted(by_bucket)]
+    source, filters = base.manifest["source"], base.manifest["filters"]
+    dropped = {"dropped_duplicates": merged.duplicates, "dropped_events": merged.outside}
+    content = {
+        **base.manifest,
+        "parent": base.manifest["hash"],
+        "num_users": counts["users"],
+        "num_events": _num_events(files),
+        "files": files,
+        "vocabularies": vocabularies,
+        "source": {
+            **source,
+            "files": [
+                *({**entry, "path": mask_credentials(entry["path"])} for entry in source["files"]),
+                *({**entry, "generation": number} for entry in merged.inputs),
+            ],
+        },
+        "filters": filters | {name: filters[name] + more for name, more in dropped.items()},
+        "checks": merged.checks,
+    }
+    manifest = publish(root, number, content)
+    data_bytes = sum(entry["bytes"] for entry in data)
+    written_bytes = data_bytes + sum(entry["bytes"] for entry in vocabularies.values())
+    appended_bytes = data_bytes * counts["appended_events"] / expected
+    return {
+        "generation": number,
+        "hash": manifest["hash"],
+        "read_events": merged.read_events,
+        "dropped_duplicates": merged.duplicates,
+        "checks": merged.checks,
+        **counts,
+        "events": manifest["num_events"],
+        "rewritten_files": len(data),
+        "written_bytes": written_bytes,
+        "appended_bytes": round(appended_bytes),
+        "write_amplification": round(written_bytes / appended_bytes, 2),
+    }
+
+
+def _num_events(entries: list[dict]) -> int:
+    return sum(entry["num_events"] for entry in entries)
+
+
+def _nothing_new(base: Store, merged: Merged) -> dict:
+    """Every event was there already, or dropped: the current generation stays the current one."""
+    return {
+        "generation": base.generation,
+        "hash": base.manifest["hash"],
+        "read_events": merged.read_events,
+        "dropped_duplicates": merged.duplicates,
+        "checks": merged.checks,
+        "appended_events": 0,
+        "users": base.num_users,
+        "new_users": 0,
+        "items": base.vocabulary("item").size - FIRST,
+        "new_items": 0,
+        "events": base.num_events,
+        "rewritten_files": 0,
+        "written_bytes": 0,
+        "appended_bytes": 0,
+        "write_amplification": 0.0,
+    }
+
+
+def _pick(files: dict[int, dict], buckets: set[int]) -> list[dict]:
+    return [files[bucket] for bucket in sorted(buckets) if bucket in files]
+
+
+def _bucket(entry: dict) -> int:
+    return int(Path(entry["path"]).parent.name.removeprefix("bucket="))

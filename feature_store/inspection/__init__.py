@@ -1,0 +1,1 @@
+"""Looks at a whole store: figures about it, and whether its bytes are as written."""

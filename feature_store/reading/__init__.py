@@ -1,0 +1,1 @@
+"""The read path: row groups to histories and impressions, in one global order for all ranks."""

@@ -1,0 +1,1 @@
+"""User states beside a store: files, what is new since them, late events."""

@@ -1,0 +1,1 @@
+"""What a store is: places, schema, manifests, versions, vocabularies; opening one."""

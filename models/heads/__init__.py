@@ -1,1 +1,0 @@
-"""Heads: from a user's interests to scores."""

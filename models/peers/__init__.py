@@ -1,1 +1,0 @@
-"""Other sequence models under the tower's interface, to compare with."""

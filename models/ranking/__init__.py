@@ -1,0 +1,1 @@
+"""Ranking model: candidate features, readers of the history, heads per label."""

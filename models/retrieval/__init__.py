@@ -1,0 +1,1 @@
+"""Next-item model: tower, item table, losses over the catalogue."""

@@ -1,0 +1,1 @@
+"""Sequence towers: events of users in, interests and summaries out."""

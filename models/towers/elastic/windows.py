@@ -1,0 +1,81 @@
+"""A long history in windows: the state that one window leaves is where the next one begins (ours).
+
+    batch        window 0 of 3    window 1 of 3    window 2 of 3      the same users in the same rows
+    user a       [. . . .]        [. . . .]        [. .]
+    user b       [. . . .]        []               []                 done: its output stays as it was
+    state        from nothing     detached         detached, dropped at the end
+
+Gradients end at a window's edge (truncated back-propagation), and all that is left of a window is its state, so memory
+does not grow with the history. The state stays in the tower and does not travel with the batch: a pipeline has the next
+batch on the device before this one's forward has run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower
+from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.state import UserState
+
+Window = tuple[int, int]  # number, how many
+
+
+class WindowedTower(CausalTower):
+    """forward(tokens_TD, offsets_B1, times_s_T, every, window) -> CausalOutput, after this window and those before it.
+
+    The windows of a batch of users must come in order; window 0 starts anew. The same parameters as CausalTower.
+    """
+
+    def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
+        super().__init__(config, memory, device=device)
+        self.keep = KeepState()
+        self.begin = BeginState(self)
+
+    def forward(
+        self,
+        tokens_TD: torch.Tensor,
+        offsets_B1: torch.Tensor,
+        times_s_T: torch.Tensor,
+        every: bool = True,
+        window: Window = (0, 1),
+    ) -> CausalOutput:
+        state = self.begin(offsets_B1, window)
+        return self.keep(self.step(tokens_TD, offsets_B1, times_s_T, state, every), window)
+
+
+class BeginState(nn.Module):
+    """forward(offsets_B1, window) -> the state a window starts from. A module, as KeepState, because it is traced."""
+
+    def __init__(self, tower: WindowedTower):
+        super().__init__()
+        self.tower = [tower]  # in a list: else the tower would hold itself as a child
+
+    def forward(self, offsets_B1: torch.Tensor, window: Window) -> UserState:
+        (tower,), (number, count), num_users = self.tower, window, offsets_B1.numel() - 1
+        if number == 0:
+            # In training the weights change at every step, and nobody asks whose state it is.
+            fingerprint = "in training" if self.training else tower.fingerprint()
+            return UserState.empty(num_users, tower.config, fingerprint=fingerprint, device=offsets_B1.device)
+        if tower.keep.following != number:
+            raise ValueError(
+                f"window {number} of {count} where window {tower.keep.following} was due: give the windows of a batch "
+                "in order, each once"
+            )
+        return tower.keep.state
+
+
+class KeepState(nn.Module):
+    """forward((output, state), window) -> output."""
+
+    def __init__(self):
+        super().__init__()
+        self.state: UserState | None = None
+        self.following = 0
+
+    def forward(self, step: tuple[CausalOutput, UserState], window: Window) -> CausalOutput:
+        number, count = window
+        is_last = number + 1 == count
+        self.state, self.following = (None, 0) if is_last else (step[1].detach(), number + 1)
+        return step[0]

@@ -1,1 +1,0 @@
-"""What `benchmark.py` measures: one module per suite, and the process that the measuring happens in."""

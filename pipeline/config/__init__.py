@@ -1,0 +1,1 @@
+"""The configuration of every verb as dataclasses, and the reference page made from them."""

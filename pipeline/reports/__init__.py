@@ -1,0 +1,1 @@
+"""Figures, pages and plots of stores, runs and benchmarks."""

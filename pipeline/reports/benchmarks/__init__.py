@@ -1,0 +1,1 @@
+"""Benchmark suites: what is measured, in which process, and the report."""

@@ -1,0 +1,110 @@
+"""Who is measured: each contestant turns N events of one user into that user's representation.
+
+Equal width, heads, layers, feed-forwards and dropout, float32, random weights. No item table: the events' vectors are
+given, and looking them up is a contestant of its own, the bare gather.
+
+inference: torch.inference_mode, eval mode.
+training:  forward, a loss on what the form is trained by (every event's output; the paper form: the summary), backward
+           into weights and events. No optimiser step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import cycle
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.tower import build_tower
+from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig, naive, sdpa
+
+MODES = ("inference", "training")
+GATHER, SASREC = "gather", "sasrec"
+ELASTIC = ("elastic", "elastic_causal")
+# name -> how tables and plots call it. "Newest only": its last block computes the newest event's output alone, which is
+# how a careful engineer would serve SASRec; most code computes all of them.
+CONTESTANTS = {
+    "elastic": "ELASTIC",
+    "elastic_causal": "ELASTIC causal",
+    SASREC: "SASRec-SDPA",
+    "sasrec_newest": "SASRec-SDPA, newest only",
+    "naive": "naive N x N",
+    GATHER: "gather",
+}
+INFERENCE_ONLY = ("sasrec_newest",)  # training asks for every event's output
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What all contestants share. gather_rows: rows of the table that the bare gather reads."""
+
+    model: TowerConfig
+    memory: MemoryConfig
+    gather_rows: int
+    device: str
+    seed: int
+
+    @cached_property
+    def table_VD(self) -> torch.Tensor:
+        return torch.randn(self.gather_rows, self.model.width, device=self.device)
+
+    def contestant(self, name: str, mode: str, events: int) -> Callable[[], None]:
+        """A call that does the work once."""
+        torch.manual_seed(self.seed)
+        if name == GATHER:
+            return self._gather(mode, events)
+        config = self.model
+        form, every = replace(config, attention=Attention.bidirectional), {}
+        if name == "elastic_causal":
+            form, every = replace(config, attention=Attention.causal), {"every": mode == "training"}
+        if name in ELASTIC:
+            model = build_tower(form, self.memory)
+        else:
+            shape = {key: getattr(config, key) for key in ("width", "heads", "layers", "ffn_multiple", "dropout")}
+            model = Sasrec(SasrecConfig(**shape, max_history=events), attention=naive if name == "naive" else sdpa)
+            every = {"every": name != "sasrec_newest"}
+        return self._encode(model, mode, events, every)
+
+    def _encode(self, model: nn.Module, mode: str, events: int, every: dict[str, bool]) -> Callable[[], None]:
+        model = model.to(self.device).train(mode == "training")
+        tokens_TD = torch.randn(events, self.model.width).to(self.device)
+        offsets_B1 = torch.tensor([0, events], device=self.device)
+        times_s_T = torch.randint(0, 3600, (events,)).cumsum(0).to(self.device)
+
+        @torch.inference_mode()
+        def infer() -> None:
+            model(tokens_TD, offsets_B1, times_s_T, **every)
+
+        def train() -> None:
+            model.zero_grad(set_to_none=True)
+            tokens_TD.grad = None
+            output = model(tokens_TD.requires_grad_(True), offsets_B1, times_s_T, **every)
+            (output.summary if output.tokens is None else output.tokens).square().mean().backward()
+
+        return train if mode == "training" else infer
+
+    def _gather(self, mode: str, events: int) -> Callable[[], None]:
+        """Other events at each call, or a short history would be read from the processor's cache.
+        Training: gather and sparse gradient; adding it to the table is the optimiser's."""
+        calls = max(2, 2**20 // events)
+        ids = cycle(torch.randint(0, self.gather_rows, (calls, events)).to(self.device).unbind(0))
+        grad_TD = torch.ones(events, self.model.width, device=self.device)
+
+        @torch.inference_mode()
+        def infer() -> None:
+            F.embedding(next(ids), self.table_VD)
+
+        def train() -> None:
+            weight_VD = self.table_VD.detach().requires_grad_(True)
+            F.embedding(next(ids), weight_VD, sparse=True).backward(grad_TD)
+
+        return train if mode == "training" else infer
+
+
+def takes_part(name: str, mode: str) -> bool:
+    return mode == "inference" or name not in INFERENCE_ONLY

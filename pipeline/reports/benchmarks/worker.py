@@ -1,0 +1,218 @@
+"""The process that measurements happen in. It may run out of memory or be killed: that is a cell, not the run's end.
+
+Memory is limited by RLIMIT_AS on a CPU (address space, so what the process has at its start comes on top) and by
+torch's per-process share on CUDA. Peak memory is counted in bytes that torch's own allocator handed out during a
+contestant's first call, above what it held before (weights and events): on a CPU from the profiler's allocation
+events, temporaries inside kernels included, on CUDA torch.cuda.max_memory_allocated. Memory that MKL or oneDNN take
+past the allocator is not in it, and neither is what the allocator keeps for later.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from elastic_rec.pipeline.reports.benchmarks.contestants import Arena
+from elastic_rec.pipeline.runtime.allocator import keep_freed_memory
+
+OUT_OF_MEMORY = "out of memory"
+SIGNS_OF_OOM = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+
+class Task(NamedTuple):
+    """calls = 0: the first call, watched for its memory. calls > 0: a timed sample of so many calls."""
+
+    contestant: str
+    mode: str
+    events: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """seconds per call. status: "ok", or why there are no figures."""
+
+    status: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+class Worker:
+    """Parent's end. `ask` answers whatever happens to the child; a dead child is replaced."""
+
+    def __init__(self, arena: Arena, *, threads: int, memory_limit_gib: float):
+        self._context = multiprocessing.get_context("spawn")
+        self._arguments = (arena, threads, memory_limit_gib)
+        self._start()
+
+    def ask(self, task: Task, *, timeout_s: float) -> Reply:
+        try:
+            self._pipe.send(task)
+            if not self._pipe.poll(timeout_s):
+                self._replace()
+                return Reply(f"stopped: no answer in {timeout_s:.0f} s")
+            reply = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode
+            self._replace()
+            if code == -signal.SIGKILL:  # the limit was above what the machine had left
+                return Reply(f"{OUT_OF_MEMORY} (killed)")
+            return Reply(f"crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
+        if isinstance(reply, str):
+            raise RuntimeError(f"{task.contestant}, {task.mode}, {task.events} events:\n{reply}")
+        return reply
+
+    def describe(self) -> dict[str, Any]:
+        """Threads, the device's name and the allocator, as the child sees them."""
+        self._pipe.send(None)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def _start(self) -> None:
+        self._pipe, child = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(child, *self._arguments), daemon=True)
+        self._process.start()
+        child.close()  # or a dead child's end would stay open here, and recv would wait for ever
+
+    def _replace(self) -> None:
+        self.close()
+        self._start()
+
+
+def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if threads:
+        torch.set_num_threads(threads)
+    allocator = keep_freed_memory()
+    _ = arena.table_VD  # before the limit: what a call may allocate is meant
+    _limit_memory(arena.device, memory_limit_gib)
+    gc.disable()
+    calls: dict[tuple[str, str, int], Callable[[], None]] = {}
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        if task is None:
+            name = torch.cuda.get_device_name() if arena.device == "cuda" else "cpu"
+            pipe.send({"threads": torch.get_num_threads(), "device": name, "allocator": allocator})
+            continue
+        try:
+            reply = _measure(arena, task, calls)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                reply = traceback.format_exc()
+            else:
+                reply = Reply(OUT_OF_MEMORY)
+                calls.pop(task[:3], None)
+        gc.collect()  # after the except: the error's frames held the tensors
+        if arena.device == "cuda":
+            torch.cuda.empty_cache()
+        pipe.send(reply)
+
+
+def _measure(arena: Arena, task: Task, calls: dict[tuple[str, str, int], Callable[[], None]]) -> Reply:
+    if any(key[1:] != (task.mode, task.events) for key in calls):
+        calls.clear()  # a new row of the table: the old models and events are done with
+    key = (task.contestant, task.mode, task.events)
+    new = key not in calls
+    if new:
+        calls[key] = arena.contestant(*key)
+    if task.calls and not new:
+        return Reply("ok", _seconds(calls[key], task.calls, arena.device))
+    peak_bytes, seconds = _watched_call(calls[key], arena.device)  # also warms up, after a worker was replaced, too
+    if task.calls or seconds < 1:  # the watched call was cold; a long one hardly cares
+        seconds = _seconds(calls[key], max(1, task.calls), arena.device)
+    return Reply("ok", seconds, peak_bytes)
+
+
+def _seconds(call: Callable[[], None], times: int, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    _wait(device)
+    return (time.perf_counter() - start) / times
+
+
+def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
+    """(peak bytes above the start, seconds)."""
+    start = time.perf_counter()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
+    seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        seen.start()
+    try:
+        call()
+    finally:  # also when memory runs out: a profiler left on would slow every later call
+        with _quiet_stderr():
+            seen.stop()
+    seconds = time.perf_counter() - start
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, seconds
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """The profiler's C++ side writes a line at each start and stop, past sys.stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _limit_memory(device: str, gib: float) -> None:
+    limit = int(gib * 2**30)
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (limit + torch.cuda.memory_reserved()) / total))
+    elif sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            held = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    else:
+        print(f"memory_limit_gib is not enforced on {sys.platform}", file=sys.stderr)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_OOM)
+    )
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""Processes and devices: starting a verb, ranks, signals, endings, sharding."""

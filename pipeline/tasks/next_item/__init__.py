@@ -1,0 +1,1 @@
+"""The next-item task: batches, negatives, evaluation over the whole catalogue, batch scoring."""

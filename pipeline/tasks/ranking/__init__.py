@@ -1,0 +1,1 @@
+"""The ranking task: labels of candidates, metrics, batch scoring of candidate lists."""

@@ -1,0 +1,1 @@
+"""The training loop, optimizers, checkpoints, validation, and the run folder."""
