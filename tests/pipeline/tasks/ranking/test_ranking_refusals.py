@@ -76,7 +76,7 @@ def test_logits_that_are_not_finite_are_refused(folder, world, tmp_path, number)
     Checkpoints(tmp_path, world=world).save(model, CombinedOptimizer([]), {"step": 1}, best_step=1)
     config = ScoreConfig(run=str(tmp_path), out=f"{tmp_path}/scores", candidates=f"{tmp_path}/lists.parquet")
     with pytest.raises(NonFiniteError, match="a logit is nan in a list of user"):
-        score_candidates(task, model, step=1, config=config)
+        score_candidates(task, model, step=1, fingerprint="of no file", config=config)
     assert not list((tmp_path / "scores").glob("part-*"))
 
 
