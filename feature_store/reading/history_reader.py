@@ -1,4 +1,4 @@
-"""Histories batch by batch, in one global order that every rank computes and reads its own row groups of (epoch_order.py).
+"""Histories batch by batch, in one global order. Every rank computes it and reads its own row groups (epoch_order.py).
 
     order    7 2 9 | 4 0 1 | 8          G = 3, users 7 4 1 8 in row groups of rank 0, the others of rank 1
     batch      0       1     2          rank 0:  7   | 4 1 | 8
