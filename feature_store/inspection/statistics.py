@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.ingestion.checks import DAY_S
-from elastic_rec.feature_store.reading.row_groups import Decoder, Users
+from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.impression_manifest import FOLDER
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.manifest import MANIFEST
@@ -88,8 +89,8 @@ def measure(store: Store) -> StoreStatistics:
     counts = {name: np.zeros(store.manifest["vocabularies"][name]["size"], np.int64) for name in store.columns}
     bar = progress("describe", total=store.num_events, unit=" events")
     for users in prefetch(decoder.decode, range(len(decoder.groups)), workers=1):
-        lengths.add(np.diff(users.offsets))
-        days.add(users.times // (DAY_S * decoder.units_per_second))
+        lengths.add(users.lengths)
+        days.add(users.times // (DAY_S * users.units_per_second))
         between = gaps_of(users)
         gaps.add(gap_bins(between))
         longest = max(longest, int(between.max(initial=0)))
@@ -100,7 +101,7 @@ def measure(store: Store) -> StoreStatistics:
     return StoreStatistics(lengths, days, gaps, longest, counts)
 
 
-def gaps_of(users: Users) -> np.ndarray:
+def gaps_of(users: Sequences) -> np.ndarray:
     """(T - U,) int64: time from each event to the next one of its user."""
     same_user = np.ones(max(0, len(users.times) - 1), bool)
     same_user[users.offsets[1:-1] - 1] = False

@@ -12,14 +12,15 @@ threads nor that of ranks shows in the order.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.reading.cursor import Cursor
 from elastic_rec.feature_store.reading.epoch_order import ROW_GROUPS_PER_BLOCK, Block, drawn_order, epoch_blocks
-from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, no_users, padding_histories
+from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.errors import DataError
@@ -31,10 +32,11 @@ class Loaded(NamedTuple):
     """A block, and this rank's users of it in the global order, with their positions in the epoch."""
 
     block: Block
-    users: Users
+    users: Sequences
     positions: np.ndarray
 
-    def between(self, begin: int, end: int) -> Users:
+    def between(self, begin: int, end: int) -> Sequences:
+        """The users at positions begin to end - 1 of the epoch that are here."""
         return self.users.slice(*np.searchsorted(self.positions, [begin, end]).tolist())
 
 
@@ -103,7 +105,7 @@ class HistoryReader:
     def num_batches_in(self, epoch: int) -> int:
         return len(self._all_ends(epoch)) if self.events_per_batch else self.num_batches
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Histories]:
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Sequences]:
         """Batches start_batch, start_batch + 1, ... of one epoch. Blocks before the first one needed are not read."""
         return self._batches(epoch, self._rows_after(epoch, start_batch))
 
@@ -111,22 +113,22 @@ class HistoryReader:
         """Where reading stands after so many batches of an epoch."""
         return Cursor(self.seed, epoch, self._rows_after(epoch, batches), self.store.manifest["hash"])
 
-    def resume(self, cursor: Cursor) -> Iterator[Histories]:
+    def resume(self, cursor: Cursor) -> Iterator[Sequences]:
         """The rest of a cursor's epoch, in the order it would have had. DataError where store or seed are others."""
         cursor.check(self.store, rank=self.rank, world_size=self.world_size)
         if cursor.seed != self.seed or not 0 <= cursor.rows <= self.num_users:
             raise DataError(f"{cursor} does not fit seed {self.seed} and {self.num_users} users; give its own seed")
         return self._batches(cursor.epoch, cursor.rows)
 
-    def _batches(self, epoch: int, begin: int) -> Iterator[Histories]:
+    def _batches(self, epoch: int, begin: int) -> Iterator[Sequences]:
         """Batches from position `begin` on."""
-        parts: list[Users] = []
+        parts: list[Sequences] = []
         for loaded in self._loaded(epoch, begin):
             for end in self._ends(loaded.block, begin, epoch).tolist():
                 parts.append(loaded.between(begin, end))
                 if end > loaded.block.stop:
                     break  # the batch goes on in the next block
-                yield self._histories(parts, num_global_users=end - begin)
+                yield self._batch(parts, end - begin)
                 parts, begin = [], end
 
     def _ends(self, block: Block, begin: int, epoch: int) -> np.ndarray:
@@ -183,12 +185,12 @@ class HistoryReader:
         """Blocks from the one with position `begin` on, read ahead."""
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
 
-        def decode(block: Block) -> tuple[Block, list[Users]]:
+        def decode(block: Block) -> tuple[Block, list[Sequences]]:
             return block, [self.decoder.decode(share.group) for share in block.shares]
 
-        def lay_out(block: Block, parts: list[Users]) -> Loaded:
+        def lay_out(block: Block, parts: list[Sequences]) -> Loaded:
             if not parts:
-                return Loaded(block, no_users(self.columns), np.zeros(0, np.int64))
+                return Loaded(block, self.decoder.padding.slice(0, 0), np.zeros(0, np.int64))
             firsts = offsets_of(np.array([len(users.rows) for users in parts]))
             picks = np.concatenate(
                 [
@@ -198,22 +200,22 @@ class HistoryReader:
             )
             positions = np.concatenate([share.positions for share in block.shares])
             in_order = np.argsort(positions)
-            return Loaded(block, concat_users(parts).take(picks[in_order]), positions[in_order])
+            return Loaded(block, Sequences.concat(parts).take(picks[in_order]), positions[in_order])
 
         blocks = (block for block in self._blocks(epoch) if block.stop > begin)
         for block, parts in prefetch(decode, blocks, workers=self.workers):
             yield lay_out(block, parts)
 
-    def _histories(self, parts: list[Users], *, num_global_users: int) -> Histories:
-        users = concat_users(parts)
+    def _batch(self, parts: list[Sequences], num_global_rows: int) -> Sequences:
+        users = Sequences.concat(parts)
         if not len(users.rows):  # a rank without users in a batch still takes part
-            users = padding_histories(self.columns)
-        return users.histories(self.decoder.units_per_second, num_global_users=num_global_users)
+            users = self.decoder.padding
+        return replace(users, num_global_rows=num_global_rows)
 
-    def file_histories(self, file_index: int, batch_size: int) -> Iterator[Histories]:
+    def file_histories(self, file_index: int, batch_size: int) -> Iterator[Sequences]:
         """All users of one data file in store order, batch_size at a time, whatever the rank; the last may be short."""
         groups = [number for number, group in enumerate(self.decoder.groups) if group.file == file_index]
-        pending: list[Users] = []
+        pending: list[Sequences] = []
         num_pending = 0
         for users in prefetch(self.decoder.decode, groups, workers=self.workers):
             at = 0
@@ -222,8 +224,8 @@ class HistoryReader:
                 pending.append(users.slice(at, stop))
                 num_pending += stop - at
                 if num_pending == batch_size:
-                    yield self._histories(pending, num_global_users=num_pending)
+                    yield self._batch(pending, num_pending)
                     pending, num_pending = [], 0
                 at = stop
         if pending:
-            yield self._histories(pending, num_global_users=num_pending)
+            yield self._batch(pending, num_pending)

@@ -27,7 +27,7 @@ from elastic_rec.feature_store.reading.impression_groups import (
     padding_impressions,
     take_groups,
 )
-from elastic_rec.feature_store.reading.row_groups import Decoder, no_users
+from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store, first_users
@@ -119,29 +119,24 @@ class ImpressionReader:
                 for share, group, drawn in loaded:
                     first, last = np.searchsorted(share.positions, [at, end])
                     if first < last:
-                        groups = drawn[share.picks[first:last]]
-                        units = self.decoder.units_per_second
-                        parts.append(take_groups(group, groups, self.table.item_bags, units))
+                        parts.append(take_groups(group, drawn[share.picks[first:last]], self.table.item_bags))
                 if end % size == 0 or end == self.num_groups:
-                    yield self._batch(parts, num_global_groups=end - (end - 1) // size * size)
+                    yield self._batch(parts, end - (end - 1) // size * size)
                     parts = []
                 at = end
 
-    def _batch(self, parts: list[Impressions], *, num_global_groups: int) -> Impressions:
+    def _batch(self, parts: list[Impressions], num_global_rows: int) -> Impressions:
         table = self.table
-        batch = (
-            concat_impressions(parts)
-            if parts
-            else padding_impressions(
-                self.columns, num_labels=len(table.labels), context=table.context, item_context=table.item_context
-            )
-        )
-        return replace(batch, histories=replace(batch.histories, num_global_users=num_global_groups))
+        if not parts:  # a rank without impressions in a batch still takes part
+            columns = {"context": table.context, "item_context": table.item_context}
+            parts = [padding_impressions(self.columns, num_labels=len(table.labels), **columns)]
+        batch = concat_impressions(parts)
+        return replace(batch, histories=replace(batch.histories, num_global_rows=num_global_rows))
 
     def _load(self, share: Share, epoch: int) -> tuple[ImpressionGroups, np.ndarray]:
         group, file, begin, end, num_groups = self.groups[share.group]
         rows = self.table.read(file, begin, end)
-        users = self.decoder.decode(group) if group >= 0 else no_users(self.columns)
+        users = self.decoder.decode(group) if group >= 0 else self.decoder.padding.slice(0, 0)
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
         groups = group_impressions(
             users,
@@ -166,7 +161,9 @@ class ImpressionReader:
                 moments = split.range(name, percentiles=table.percentiles, time_unit=unit)
                 counts[name] += int(in_range(times, moments).sum())
         each = ", ".join(f"{name} {count}" for name, count in counts.items())
-        first, last = (np.datetime64(table.percentiles[at] // self.decoder.units_per_second, "s") for at in (0, -1))
+        first, last = (
+            np.datetime64(table.percentiles[at] // self.decoder.padding.units_per_second, "s") for at in (0, -1)
+        )
         return (
             f"{each} of {table.num_rows}, which were shown from {first} to {last} (UTC); set "
             f"data.impression_split.valid_time={split.valid_time} and test_time={split.test_time} to moments in between"

@@ -17,6 +17,7 @@ from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import EVENT_ID, EVENTS, TIMESTAMP, USER, leaf_path
 from elastic_rec.feature_store.table.store import one_array, open_data_file, read_row_groups
 from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.jagged import flat_structs
 
 
 def added_events(
@@ -62,7 +63,5 @@ def _read_users(
     lists = read_row_groups(file, needed.tolist(), leaves, path)[EVENTS]
     first = np.cumsum([0, *(edges[needed + 1] - edges[needed])])
     group_U = np.searchsorted(edges[needed], row_U, side="right") - 1
-    taken = one_array(lists).take(pa.array(row_U - edges[needed][group_U] + first[group_U]))
-    offsets = taken.offsets.to_numpy().astype(np.int64)
-    flat = taken.flatten()
-    return offsets - offsets[0], flat.field(TIMESTAMP).to_numpy(), flat.field(EVENT_ID) if with_ids else None
+    offsets, flat = flat_structs(lists.take(pa.array(row_U - edges[needed][group_U] + first[group_U])))
+    return offsets, flat.field(TIMESTAMP).to_numpy(), flat.field(EVENT_ID) if with_ids else None

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.table.vocabulary import FIRST, PAD, UNKNOWN
 from elastic_rec.feature_store.utils.jagged import span_indices
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import tie_order
@@ -61,7 +61,7 @@ class Tile:
         return self.owner_T * self.num_items + self.item_T
 
 
-def tiles(histories: Histories, before_B: np.ndarray, counts: TransitionCounts) -> Iterator[Tile]:
+def tiles(histories: Sequences, before_B: np.ndarray, counts: TransitionCounts) -> Iterator[Tile]:
     """The users in order, with their first before_B events each."""
     device, offsets, start = counts.counts_V.device, histories.offsets, 0
     back_BL = before_B[:, None] - 1 - np.arange(LAGS)
@@ -115,7 +115,7 @@ class Baseline(ABC):
         """The greatest is recommended first."""
 
     def rank_targets(
-        self, histories: Histories, before_B: np.ndarray, target_B: np.ndarray, *, exclude_seen: bool
+        self, histories: Sequences, before_B: np.ndarray, target_B: np.ndarray, *, exclude_seen: bool
     ) -> np.ndarray:
         """(B,) int64: 0-based rank of each user's target, given their first before_B events. Not collective.
 

@@ -19,8 +19,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.table.schema import ARROW_TYPES
 from elastic_rec.feature_store.table.times import parse_time_s
 from elastic_rec.models.towers.elastic.config import Attention, Time
@@ -140,7 +140,7 @@ def query_time_s(task: NextItemTask, config: ScoreConfig) -> int | None:
     return asked_s
 
 
-def query_gaps(histories: Histories, asked_s: int | None) -> np.ndarray:
+def query_gaps(histories: Sequences, asked_s: int | None) -> np.ndarray:
     """(B,) seconds from each user's newest event to asked_s; -1: unknown, or no event."""
     gap_s_B = np.full(len(histories.rows), -1, np.int64)
     if asked_s is not None:
@@ -155,7 +155,7 @@ def with_query_gap(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Itera
 
 
 def recommend(
-    task: NextItemTask, catalogue: ShardedCatalogue, query_RD: torch.Tensor, histories: Histories, config: ScoreConfig
+    task: NextItemTask, catalogue: ShardedCatalogue, query_RD: torch.Tensor, histories: Sequences, config: ScoreConfig
 ) -> pa.Table:
     """Top-k of each user, padding left out. histories: what they have seen; config.seen: keep or exclude. Collective.
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from elastic_rec.feature_store.batches.examples import NUM_GAP_BUCKETS, make_prefix_batch
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
@@ -94,28 +94,28 @@ class NextItemTask:
                 yield batch
             step += 1
 
-    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, Iterator[PrefixBatch]]]:
+    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Sequences, Iterator[PrefixBatch]]]:
         """All users once, in a fixed order, with their "valid" or "test" target (weight 0 where there is none). A batch
         of users comes in all its windows (`query_windows`)."""
         for histories in self.histories(batch_size=batch_size, what=stage):
             yield histories, self._batches(histories, stage)
 
-    def histories(self, *, batch_size: int, what: str = "all users") -> Iterator[Histories]:
+    def histories(self, *, batch_size: int, what: str = "all users") -> Iterator[Sequences]:
         """All users once, in a fixed order, each rank its share of a global batch of batch_size users. what: names the
         pass where a rank is waited for."""
         for histories in self.world.pulse.pace(self._reader(batch_size, shuffle=False).epoch(0), what):
             yield self.mask_new_ids(histories)
 
-    def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:
+    def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Sequences]:
         """The users of one store file, for scoring."""
         for histories in self._reader(batch_size, shuffle=False).file_histories(file_index, batch_size):
             yield self.mask_new_ids(histories)
 
-    def score_windows(self, histories: Histories, first_B: np.ndarray | None = None) -> Iterator[PrefixBatch]:
-        """Histories to be scored, in windows; without each user's first_B events, which a state holds. Collective."""
+    def score_windows(self, histories: Sequences, first_B: np.ndarray | None = None) -> Iterator[PrefixBatch]:
+        """Sequences to be scored, in windows; without each user's first_B events, which a state holds. Collective."""
         return self._batches(histories, "score", first_B=first_B)
 
-    def mask_new_ids(self, histories: Histories) -> Histories:
+    def mask_new_ids(self, histories: Sequences) -> Sequences:
         """Ids that came after the run was trained become UNKNOWN: its tables have no rows for them."""
         columns = {
             name: np.where(ids < self.rows[name], ids, UNKNOWN) if name in self.rows else ids
@@ -135,7 +135,7 @@ class NextItemTask:
         )
 
     def _batches(
-        self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None, first_B: np.ndarray | None = None
+        self, histories: Sequences, stage: str, *, epoch: int = 0, candidates=None, first_B: np.ndarray | None = None
     ) -> Iterator[PrefixBatch]:
         """The batch of some histories, or its windows, of which all ranks make equally many."""
         size = self.config.data.window
@@ -148,7 +148,7 @@ class NextItemTask:
         for number in range(int(count)):
             yield windows.batch(number, int(count), candidates and candidates(window=number))
 
-    def _batch(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
+    def _batch(self, histories: Sequences, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
         data = self.config.data
         drawn = {"targets": data.targets, "prefixes_per_user": data.prefixes_per_user}
         return make_prefix_batch(histories, candidates=candidates, **drawn, **self._settings(stage, epoch))
@@ -164,15 +164,9 @@ class NextItemTask:
             "world_size": self.world.size,
         }
 
-    def padding_histories(self) -> Histories:
+    def padding_histories(self) -> Sequences:
         """One user without events: what a rank brings to a collective step when it has nothing left to do."""
-        return Histories(
-            rows=np.full(1, -1, dtype=np.int64),
-            offsets=np.zeros(2, dtype=np.int64),
-            columns={name: np.zeros(0, dtype=np.int64) for name in self.columns},
-            times_s=np.zeros(0, dtype=np.int64),
-            num_global_users=0,
-        )
+        return Sequences.padding(self.columns)
 
     def vocabulary(self, name: str) -> Vocabulary:
         return self.store.vocabulary(name)

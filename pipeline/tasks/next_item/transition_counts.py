@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import split_bounds
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.pipeline.runtime.world import World, of_each_rank
@@ -111,7 +111,7 @@ def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = M
     )
 
 
-def training_items(task: NextItemTask, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+def training_items(task: NextItemTask, histories: Sequences) -> tuple[np.ndarray, np.ndarray]:
     """(items of the training events end to end, whether each has a training event of the same user before it)."""
     train_end_B = split_bounds(task.config.data.split, histories).train_end
     owner = np.repeat(np.arange(len(train_end_B)), np.diff(histories.offsets))

@@ -33,7 +33,6 @@ from elastic_rec.feature_store.ingestion.sources import cast_ids
 from elastic_rec.feature_store.reading.impression_groups import count_before
 from elastic_rec.feature_store.reading.lookup import HistoryLookup, bucket_of
 from elastic_rec.feature_store.table.location import Location
-from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.vocabulary import Vocabulary
 from elastic_rec.feature_store.utils.arrow import flat_bags, is_list
 from elastic_rec.feature_store.utils.errors import DataError
@@ -226,29 +225,28 @@ class Requests:
         first_user = int(self.user_N[chosen[0]])
         group = self.user_N[chosen] - first_user
         is_first = np.append(True, group[1:] != group[:-1])
-        found = lookup.users(self.users[first_user : first_user + int(group[-1]) + 1])
+        found = lookup.histories(self.users[first_user : first_user + int(group[-1]) + 1])
         ends, times = found.offsets[group + 1], np.zeros(len(group), np.int64)
         if self.time_N is not None:
             times = self.time_N[chosen]
-            ends = np.maximum(count_before(found, group, times), found.offsets[group])
+            ends = count_before(found, group, times)
         starts = np.maximum(found.offsets[group], ends - task.config.data.max_history)
         self.num_cold += int((starts == ends).sum())
         first_B, last_B = np.minimum.reduceat(starts, np.flatnonzero(is_first)), found.offsets[:-1].copy()
         np.maximum.at(last_B, group, ends)
-        seen = found.stretches(np.arange(len(found.rows)), first_B, last_B)
-        shift, units_per_second = seen.offsets[:-1] - first_B, UNITS_PER_SECOND[task.store.time_unit]
+        seen = found.spans(first_B, last_B)
+        shift = seen.offsets[:-1] - first_B
         candidates = self.candidates.take(chosen)
         impressions = Impressions(
-            histories=seen.histories(units_per_second, num_global_users=len(found.rows)),
+            histories=seen,
             group=group,
             starts=starts + shift[group],
             ends=ends + shift[group],
-            times_s=times // units_per_second,
+            times=times,
             rows=chosen,
             owners=group,
             owner_candidates=np.zeros_like(group),
-            candidate_offsets=candidates.offsets,
-            candidates=candidates.values,
+            candidates=candidates,
             labels=np.full((len(candidates.values), len(task.table.labels)), np.nan, np.float32),
             context={name: bags.take(chosen) for name, bags in self.context.items()},
             item_context={name: bags.take(candidates.values) for name, bags in task.table.item_bags.items()},

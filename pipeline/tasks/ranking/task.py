@@ -166,7 +166,7 @@ class RankingTask:
         return replace(
             impressions,
             histories=replace(histories, columns=columns),
-            candidates=old("item", impressions.candidates),
+            candidates=bags({"item": impressions.candidates})["item"],
             context=bags(impressions.context),
             item_context=bags(impressions.item_context),
         )

@@ -54,8 +54,8 @@ def global_order(store: Store, *, world_size: int, epoch: int = 0, start_batch: 
 def merge(ranks: list) -> list[list[int]]:
     batches = []
     for shares in zip(*ranks, strict=True):
-        num_users = shares[0].num_global_users
-        assert all(share.num_global_users == num_users for share in shares)
+        num_users = shares[0].num_global_rows
+        assert all(share.num_global_rows == num_users for share in shares)
         rows = [share.rows[share.rows >= 0].tolist() for share in shares]
         for share, real in zip(shares, rows, strict=True):
             if not real:
@@ -228,7 +228,7 @@ def test_file_histories_are_in_store_order(store, batch_size):
         for h in reader.file_histories(number, batch_size):
             sizes.append(len(h.rows))
             rows += h.rows.tolist()
-            assert h.num_global_users == len(h.rows)
+            assert h.num_global_rows == len(h.rows)
             for i, row in enumerate(h.rows):
                 assert h.columns["item"][h.offsets[i] : h.offsets[i + 1]].tolist() == want[row][1]
         assert sizes[:-1] == [batch_size] * (len(sizes) - 1) and sum(sizes) == file.num_users
