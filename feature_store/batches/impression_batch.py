@@ -9,7 +9,7 @@ I impressions, C candidates of all impressions, L labels.
                      i1 (sees b c d e f)                      starts, ends: spans of the T axis
     candidates C     x y | z                     v w          candidate_offsets, labels (C, L)
 
-A history is in the batch once, however many impressions look at it.
+A history is in the batch once, however many impressions see it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Impressions:
 
     histories: of the B impression groups; rows -1 for a user without a history, and for padding. A user's history
         holds at most the newest events before the last of their impressions here; never one at or after it.
-    group: (I,) int64 in 0..B-1, ascending. starts, ends: (I,) int64, spans of the histories' T axis: the newest
-        max_history events strictly before the impression.
+    group: (I,) int64 in 0..B-1, ascending: [0, 0, 1] in the drawing. starts, ends: (I,) int64, spans of the histories'
+        T axis: the newest max_history events strictly before the impression: [0, 1, 6] and [3, 6, 9].
     times, rows: (I,) int64, times in the histories' unit; rows count through the impressions table, -1 for padding (an
         impression without candidates, so that a rank without impressions still takes part).
     owners: (I,) int64, a number of each user, also of one without a history: the row of their first impression in the
@@ -99,7 +99,7 @@ class ImpressionBatch(TensorBatch):
 
 
 def make_impression_batch(impressions: Impressions) -> ImpressionBatch:
-    """numpy -> tensors; no copy but for the values of the KeyedJaggedTensors."""
+    """numpy -> tensors, times in seconds; no copy but for the values of the KeyedJaggedTensors."""
     histories = impressions.histories
     lengths_I, lengths_B = impressions.candidates.lengths, histories.lengths
     columns = {**histories.columns, "gap": gap_buckets(histories)}

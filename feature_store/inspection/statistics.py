@@ -1,4 +1,4 @@
-"""What a history store holds, in figures: one pass over its row groups, for people who look at it for the first time.
+"""What a history store holds, in figures. One pass over its row groups.
 
 Memory holds one row group, a counter per vocabulary entry, and one per distinct length, day and gap bin; never the
 events. (Of N events at most sqrt(2 N) histories differ in length.) Everything is exact, but for the quantiles of gaps.
@@ -28,12 +28,13 @@ _DROPPED_BITS = 52 - 6
 
 
 class Tally:
-    """How often each integer has occurred. values, counts: (V,) int64, values ascending."""
+    """How often each integer has occurred. values, counts: (V,) int64, values ascending: [2, 5], [1, 3] for 5 2 5 5."""
 
     def __init__(self) -> None:
         self.values, self.counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
     def add(self, data: np.ndarray) -> None:
+        """Counts the integers of an array, too."""
         values, counts = np.unique(data, return_counts=True)
         self.values, places = np.unique(np.concatenate([self.values, values]), return_inverse=True)
         before, self.counts = self.counts, np.zeros(len(self.values), np.int64)
@@ -41,6 +42,7 @@ class Tally:
 
     @property
     def total(self) -> int:
+        """How many integers were counted."""
         return int(self.counts.sum())
 
     def percentile(self, percent: int) -> int:
@@ -59,7 +61,7 @@ class Cut(NamedTuple):
 @dataclass(frozen=True)
 class StoreStatistics:
     """lengths: events per user. days: of events, since 1970, UTC. gap_bins: time between neighbours of a user, in bins.
-    longest_gap: in the store's unit. counts: events by vocabulary index, for the item and each context column."""
+    longest_gap: in the store's unit. counts: events by vocabulary index, (V,) for the item and each context column."""
 
     lengths: Tally
     days: Tally
@@ -68,6 +70,7 @@ class StoreStatistics:
     counts: dict[str, np.ndarray]
 
     def cut(self, max_history: int) -> Cut:
+        """What a limit on the history takes away."""
         beyond = np.maximum(self.lengths.values - max_history, 0)
         return Cut(int(self.lengths.counts[beyond > 0].sum()), int((self.lengths.counts * beyond).sum()))
 
@@ -126,6 +129,7 @@ def top_share(counts: np.ndarray, share: float) -> float:
 
 
 def has_impressions(store: Store) -> bool:
+    """Whether there are impressions beside the histories."""
     return (store.path / FOLDER / MANIFEST).is_file()
 
 

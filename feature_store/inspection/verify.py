@@ -23,7 +23,8 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 @dataclass
 class Findings:
-    """counts: files that are whole, by kind, and bytes read. broken: of each other file its path and what is wrong."""
+    """What a check has found. counts: files that are whole, by kind, and bytes read. broken: what is wrong with each of
+    the others, with its path."""
 
     counts: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)

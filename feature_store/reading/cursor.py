@@ -11,8 +11,10 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 @dataclass(frozen=True)
 class Cursor:
-    """rows: users of the epoch's global order consumed, over all ranks. manifest_hash: of the store's generation, and
-    so of every byte of it."""
+    """A place in an epoch. rows: users of its global order that all ranks have consumed (of impressions: groups).
+
+    manifest_hash: of the store's generation, and so of every byte of it.
+    """
 
     seed: int
     epoch: int

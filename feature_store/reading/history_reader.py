@@ -5,8 +5,8 @@
                                         rank 1:  2 9 | 0   | (padding)
 
 The order is a function of (store, seed, epoch) alone, and so is what a global batch holds: a run goes on from a Cursor
-at any world size with nothing lost or repeated. Blocks are decoded ahead in the background; neither the number of
-threads nor that of ranks shows in the order.
+at any world size with nothing lost or repeated. Threads decode the next blocks in the background; neither their number
+nor that of ranks shows in the order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from elastic_rec.feature_store.utils.prefetch import prefetch
 
 
 class Loaded(NamedTuple):
-    """A block, and this rank's users of it in the global order, with their positions in the epoch."""
+    """A block, and this rank's users of it in the global order, with their positions in the epoch, (U,) rising."""
 
     block: Block
     users: Sequences
@@ -41,15 +41,17 @@ class Loaded(NamedTuple):
 
 
 class HistoryReader:
-    """One rank's view of a store. columns: event columns to read; "item" is read whether named or not.
+    """One rank's view of a store: its share of each global batch, as Sequences with times in the store's unit.
 
-    workers: threads that decode ahead, a block each; 0: none.
+    columns: event columns to read; "item" is read whether named or not. global_batch_size: users, over all ranks.
+    workers: threads that decode the next blocks, one each; 0: none.
     row_groups_per_block: part of the order. More of them shuffle more widely and balance more ranks (a block has
-    several groups for each rank), and take as much more memory: a rank holds its share of workers + 2 blocks.
+    several groups for each rank). They take more memory: a rank holds its share of workers + 2 blocks.
     events_per_batch: token budget of a global batch; 0: none. A user counts with at most max_history events. A batch
-    then ends before the user who would exceed it, at global_batch_size users, or with its block; a user who alone
-    exceeds it is a batch of their own. Batches hold as many users as fit, so an epoch has num_batches_in(epoch).
+    then ends before the user who would exceed it, at global_batch_size users, or with its block. A user who alone
+    exceeds it is a batch of their own. Epochs differ in their number of batches: num_batches_in(epoch).
     bucket_lengths: users of like length (factors of two) stand together, the lengths of a block in a drawn order.
+    Raises DataError for more ranks than users, and for batches of fewer users than ranks.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class HistoryReader:
 
     @property
     def num_users(self) -> int:
+        """Users of the store, each of whom comes once per epoch."""
         return self.store.num_users
 
     @property
@@ -103,6 +106,7 @@ class HistoryReader:
         return -(-self.num_users // self.global_batch_size)
 
     def num_batches_in(self, epoch: int) -> int:
+        """Global batches in this epoch, the same on every rank."""
         return len(self._all_ends(epoch)) if self.events_per_batch else self.num_batches
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Sequences]:
@@ -182,29 +186,24 @@ class HistoryReader:
         )
 
     def _loaded(self, epoch: int, begin: int) -> Iterator[Loaded]:
-        """Blocks from the one with position `begin` on, read ahead."""
+        """Blocks from the one with position `begin` on; threads decode the next ones meanwhile."""
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
 
         def decode(block: Block) -> tuple[Block, list[Sequences]]:
             return block, [self.decoder.decode(share.group) for share in block.shares]
 
-        def lay_out(block: Block, parts: list[Sequences]) -> Loaded:
-            if not parts:
-                return Loaded(block, self.decoder.padding.slice(0, 0), np.zeros(0, np.int64))
-            firsts = offsets_of(np.array([len(users.rows) for users in parts]))
-            picks = np.concatenate(
-                [
-                    first + drawn_order(users.rows, **order)[share.picks]
-                    for first, users, share in zip(firsts, parts, block.shares, strict=False)
-                ]
-            )
-            positions = np.concatenate([share.positions for share in block.shares])
-            in_order = np.argsort(positions)
-            return Loaded(block, Sequences.concat(parts).take(picks[in_order]), positions[in_order])
-
         blocks = (block for block in self._blocks(epoch) if block.stop > begin)
         for block, parts in prefetch(decode, blocks, workers=self.workers):
-            yield lay_out(block, parts)
+            if not parts:
+                yield Loaded(block, self.decoder.padding.slice(0, 0), np.zeros(0, np.int64))
+                continue
+            firsts = offsets_of(np.array([len(users.rows) for users in parts]))[:-1]
+            shares = zip(firsts, parts, block.shares, strict=True)
+            picks = [first + drawn_order(users.rows, **order)[share.picks] for first, users, share in shares]
+            positions = np.concatenate([share.positions for share in block.shares])
+            in_order = np.argsort(positions)
+            users = Sequences.concat(parts).take(np.concatenate(picks)[in_order])
+            yield Loaded(block, users, positions[in_order])
 
     def _batch(self, parts: list[Sequences], num_global_rows: int) -> Sequences:
         users = Sequences.concat(parts)

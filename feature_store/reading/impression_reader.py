@@ -36,7 +36,9 @@ from elastic_rec.feature_store.utils.jagged import offsets_of, run_starts
 
 
 class GroupRows(NamedTuple):
-    """Rows [begin, end) of a file of impressions belong to a row group of histories (-1: their bucket has none)."""
+    """Rows [begin, end) of a file of impressions belong to a row group of histories (-1: their bucket has none).
+
+    num_groups: impression groups that they make."""
 
     row_group: int
     file: int
@@ -51,6 +53,7 @@ class ImpressionReader:
     columns: event columns of the histories; "item" is read whether named or not. global_batch_size: impression
     groups per batch, over all ranks. max_impressions_per_user: impressions of a user in one group, at most. Every
     impression of the stage comes once per epoch, and every rank yields the same number of batches.
+    Raises ValueError for settings out of bounds, DataError where the stage has no impressions.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class ImpressionReader:
 
     @property
     def num_batches(self) -> int:
+        """Global batches in an epoch, the same on every rank; the last may be short."""
         return -(-self.num_groups // self.global_batch_size)
 
     def cursor(self, epoch: int, batches: int) -> Cursor:
@@ -99,7 +103,9 @@ class ImpressionReader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Impressions]:
         """Batches start_batch, start_batch + 1, ... of one epoch."""
         if not 0 <= start_batch <= self.num_batches:
-            raise DataError(f"start_batch {start_batch} is outside 0..{self.num_batches}; was the table made again?")
+            raise DataError(
+                f"start_batch {start_batch} is outside 0..{self.num_batches}; were the impressions ingested again?"
+            )
         size, parts = self.global_batch_size, []
         for block in epoch_blocks(
             self._num_groups_G,
@@ -171,18 +177,14 @@ class ImpressionReader:
 
     def _count_groups(self, store: Store) -> list[GroupRows]:
         """Scans users and times of the impressions, a file at a time."""
-        firsts = first_users(store)
-        first_group: dict[int, int] = {}
-        for number, group in enumerate(self.decoder.groups):
-            first_group.setdefault(store.files[group.file].bucket, number)
-        groups = []
+        firsts, groups = first_users(store), []
         for file, entry in enumerate(self.table.manifest["files"]):
             users, times = self.table.users_and_times(file)
             edges = group_edges(users, firsts.get(entry["bucket"], [None]))
             starts = run_starts(users)
             before = offsets_of(groups_per_user(starts, in_range(times, self.range), self.max_impressions_per_user))
             num_groups = np.diff(before[np.searchsorted(starts, edges)]).tolist()
-            group = first_group.get(entry["bucket"], -1)
+            group = self.decoder.first_groups.get(entry["bucket"], -1)
             for number, count in enumerate(num_groups):
                 numbered = group + number if group >= 0 else -1
                 groups.append(GroupRows(numbered, file, edges[number], edges[number + 1], count))

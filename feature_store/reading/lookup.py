@@ -1,4 +1,4 @@
-"""Histories of single users, by id: the bucket by hash, the row group by the ids in its footer, then one is decoded."""
+"""Histories of single users by id. A hash gives the bucket, the ids in its footer the row group, which is decoded."""
 
 from __future__ import annotations
 
@@ -32,9 +32,6 @@ class HistoryLookup:
         self._decoder = Decoder(store, self.columns)
         self._decode = lru_cache(maxsize=_KEPT_GROUPS)(self._decode_group)
         self._firsts = first_users(store)
-        self._first_group = {}
-        for number, group in enumerate(self._decoder.groups):
-            self._first_group.setdefault(store.files[group.file].bucket, number)
 
     def histories(self, user_ids: list[int] | list[str]) -> Sequences:
         """One history per id, in their order; of a user whom the store does not know: row -1, no events."""
@@ -57,7 +54,7 @@ class HistoryLookup:
         """Row group that holds a user if any does."""
         bucket = bucket_of(user, self.store.manifest["num_buckets"])
         number = bisect_right(self._firsts.get(bucket, []), user) - 1
-        return self._first_group[bucket] + number if number >= 0 else None
+        return self._decoder.first_groups[bucket] + number if number >= 0 else None
 
     def _decode_group(self, group: int) -> tuple[Sequences, pa.Array]:
         return self._decoder.decode(group), self._decoder.user_ids(group)

@@ -39,7 +39,8 @@ class Decoder:
     columns: event columns to read beside the times. cache: keep what is decoded, where all of it fits in CACHE_BYTES;
     for those who read a store more than once. DataError for a column that the store does not have.
     groups: all row groups of the store, in the order of its rows. padding: a user without events, with the columns and
-    the unit of the decoded ones. num_decoded_events: what decode() has read from files, repeats included.
+    the unit of the decoded ones. first_groups: bucket -> number of its first group. num_decoded_events: what decode()
+    has read from files, repeats included.
     """
 
     def __init__(self, store: Store, columns: list[str], *, cache: bool = True) -> None:
@@ -52,6 +53,8 @@ class Decoder:
             for group, (num_users, num_events) in enumerate(file.row_groups):
                 self.groups.append(RowGroup(number, group, row, num_users, num_events))
                 row += num_users
+        numbers = reversed(range(len(self.groups)))
+        self.first_groups = {store.files[self.groups[number].file].bucket: number for number in numbers}
         self.num_decoded_events = 0
         self._counting = threading.Lock()
         self._thread = threading.local()  # each thread has its own open files: Arrow's are not for sharing

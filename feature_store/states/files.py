@@ -3,10 +3,10 @@
     STORE/states/5a1c…-float32/bucket=0003.parquet      user_id | time | num_events | num_at_time | state
 
 One folder per model (its fingerprint) and storage type, one file per bucket of the store, its users in the bucket's
-order. A file is written aside and renamed: that rename says that the events are folded in, so what is folded twice
-after a crash is folded into the states as they were. Its metadata say which data file it reflects, by sha256, and which
-input files that data came from: states of a store that was rolled back and went on differently are told apart.
-They hold a CRC-32 of each row group's content, too, and one of themselves, so that no damage is folded in.
+order. A file is written aside and renamed. That rename says that the events are folded in: after a crash the same
+events are folded into the states as they were. Its metadata name the data file it reflects, by sha256, and the input
+files of that data, which tells apart the states of a store that was rolled back and went on differently. They also hold
+a CRC-32 of each row group's content, and one of themselves, so that no damage is folded in.
 
 A state is bytes, all of one length; this room does not know what is in them.
 """
@@ -48,25 +48,31 @@ class DamagedStates(DataError):
 
 @dataclass(frozen=True)
 class Watermarks:
-    """Up to where users are folded in, (U,) int64 each: time of the newest event, in the store's unit; how many events
-    are folded in; how many of them at that very time, which tells an event that came later from one that came late."""
+    """Up to where users are folded in, (U,) int64 each.
+
+    time: of the newest event, in the store's unit. num_events: how many are folded in. num_at_time: how many of them at
+    that very time, which tells a new event from a late one.
+    """
 
     time: np.ndarray
     num_events: np.ndarray
     num_at_time: np.ndarray
 
     def take(self, rows: np.ndarray) -> Watermarks:
-        """Rows in any order; -1 gives the watermark of a user of whom nothing is folded in: all zeros."""
+        """Rows in any order; -1 gives zeros: a user of whom nothing is folded in."""
         return Watermarks(*(np.append(values, 0)[rows] for values in astuple(self)))
 
     @staticmethod
     def concat(watermarks: list[Watermarks]) -> Watermarks:
+        """Those of all parts, of which there is at least one."""
         return Watermarks(*map(np.concatenate, zip(*map(astuple, watermarks), strict=True)))
 
 
 class StateFile:
-    """The states of one bucket: users and watermarks once read stay in memory, states are read as they are asked for.
-    DamagedStates where what is read is not what was written."""
+    """The states of one bucket. Users and watermarks once read stay in memory, states are read when they are asked for.
+
+    Raises DamagedStates where what is read is not what was written.
+    """
 
     def __init__(self, path: Location) -> None:
         self.path, self.about = path, {}
@@ -88,10 +94,12 @@ class StateFile:
 
     @property
     def user_ids(self) -> pa.Array:
+        """(U,) users with a state here, in the bucket's order."""
         return self._users[0]
 
     @property
     def watermarks(self) -> Watermarks:
+        """Up to where these users are folded in."""
         return self._users[1]
 
     def find(self, user_ids: pa.Array) -> np.ndarray:
@@ -181,6 +189,7 @@ class StateWriter:
         self._about["crc32_states"].append(zlib.crc32(content))
 
     def commit(self) -> None:
+        """Puts the file in its place, which says that its events are folded in."""
         text = json.dumps(self._about).encode()
         self._writer.add_key_value_metadata({ABOUT: text, CHECK: _crc(text)})
         self._writer.close()
@@ -209,6 +218,7 @@ class StateFolder:
             yield
 
     def file_path(self, file: StoreFile) -> Location:
+        """Where the states of a data file's users are."""
         return self.path / f"bucket={file.bucket:04d}.parquet"
 
     def open(self, file: StoreFile) -> StateFile | None:
@@ -230,6 +240,7 @@ class StateFolder:
         return states if self._continues(states.about, file) else None
 
     def writer(self, file: StoreFile) -> StateWriter:
+        """Writes new states of a data file's users; they replace the old ones when it commits."""
         inputs = _inputs(self.store.manifest)
         about = {
             "version": VERSION,

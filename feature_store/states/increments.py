@@ -1,12 +1,12 @@
-"""What has happened in a bucket since its users' states were made, span by span, for whoever continues the states.
+"""What has happened in a bucket since its users' states were made, span by span.
 
     history now    a b c d | e f          folded: the first 4, so first = 4 and the new events are e f
     no state           | a b c            a new user: first = 0
     x is late      a b x c | d            fold: a b c | x d, x given c's time;   reencode: | a b x c d, from no state
 
-Row groups whose users' watermarks add up to all their events have nothing new; of them only user ids are read. In the
-others whole leaves are decoded, Parquet offering no way into the middle of a list: what is saved there is the model's
-work, not the reading. `Increments.counts` says how much was read.
+Row groups whose users' watermarks add up to all their events have nothing new: of them only user ids are read. Of the
+others whole columns are decoded, for Parquet has no way into the middle of a list. There the model's work is saved, not
+the reading. `Increments.counts` says how much was read.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _FOLDED, _LATE, _NEW = 0, 1, 2
 
 
 class LateEvents(Enum):
+    """What to do with an event that came late: encode its user again, or fold it in as if it were new."""
+
     reencode = "reencode"
     fold = "fold"
 
@@ -90,9 +92,11 @@ class Span:
 class Increments:
     """Iterates over the spans of one data file, all its users in order, at most `batch_size` active ones a span.
 
-    states: the bucket's, None: there are none yet. rescore: every user is active, with or without new events.
+    columns: event columns to read; "item" is read whether named or not. states: the bucket's; None: there are none yet.
+    rescore: every user is active, with or without new events.
     counts, complete after the last span: users by kind, late_events, folded_events (that a state has to take in),
-    decoded_events, read_bytes (compressed, of the leaves read). DamagedStates: start over with states=None.
+    decoded_events, read_bytes (compressed, of the columns read).
+    Raises DamagedStates, after which to start again with states=None.
     """
 
     def __init__(

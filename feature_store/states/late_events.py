@@ -25,7 +25,9 @@ def added_events(
 ) -> np.ndarray:
     """(T,) bool: which events of these users' histories now are not in the data file `before`.
 
-    event_id_T: in a store that has event ids. Without them an event of equal time that was stored earlier goes first.
+    offsets: (U+1,), [0, 3, 5] for users with 3 and 2 events now. time_T: in the store's unit. event_id_T: in a store
+    that has event ids. Without them, of events of equal time the last ones are the added ones.
+    Raises DataError where the file lacks one of the users.
     """
     old_offsets, old_time, old_event_id = _read_users(before, user_ids, with_ids=event_id_T is not None)
     num_old = len(old_time)
