@@ -5,8 +5,9 @@
 One folder per model (its fingerprint) and storage type, one file per bucket of the store, its users in the bucket's
 order. A file is written aside and renamed: that rename says that the events are folded in, so what is folded twice
 after a crash is folded into the states as they were. Its metadata say which data file it reflects, by sha256, and which
-input files that data came from: states of a store that was rolled back and went on differently are told apart.
-They hold a CRC-32 of each row group's content, too, and one of themselves, so that no damage is folded in.
+input files that data came from: states of a store that was restored to
+an earlier version, and went on differently, are told apart. They hold a CRC-32 of each row group's content, too, and
+one of themselves, so that no damage is folded in.
 
 A state is bytes, all of one length; this room does not know what is in them.
 """

@@ -24,9 +24,9 @@ class Seen(StrEnum):
 @dataclass
 class DataConfig:
     store: str = field(default="", metadata={"help": "folder of the history store that ingest writes and others read"})
-    generation: int | None = field(
+    version: int | None = field(
         default=None,
-        metadata={"help": "generation of the store to read; none: the newest, to which a run keeps"},
+        metadata={"help": "version of the store to read; none: the newest, to which a run keeps"},
     )
     columns: list[str] = field(
         default_factory=list, metadata={"help": "event columns to embed beside the item, e.g. [action]"}
@@ -101,7 +101,7 @@ class IngestVerbConfig:
 @dataclass
 class DescribeConfig:
     store: str = field(default="", metadata={"help": "history store to describe"})
-    generation: int | None = field(default=None, metadata={"help": "generation to describe; none: the current one"})
+    version: int | None = field(default=None, metadata={"help": "version to describe; none: the current one"})
     out: str = field(default="", metadata={"help": "HTML file to write; empty: STORE.html, beside a local store"})
     max_history: list[int] = field(
         default_factory=lambda: [50, 200, 1000],

@@ -70,8 +70,8 @@ class EvaluateConfig:
         default="",
         metadata={"help": "another history store with the run's ids, or those and newer ones; empty: the run's own"},
     )
-    generation: int | None = field(
-        default=None, metadata={"help": "generation of the store; none: the run's, of another store the newest"}
+    version: int | None = field(
+        default=None, metadata={"help": "version of the store; none: the run's, of another store the newest"}
     )
     seen: Seen | None = field(
         default=None, metadata={"help": "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy"}
@@ -133,7 +133,7 @@ class ScoreConfig:
     checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
     store: str = field(
         default="",
-        metadata={"help": "history store to score, its newest generation; empty: the one the model was trained on"},
+        metadata={"help": "history store to score, its newest version; empty: the one the model was trained on"},
     )
     k: int = field(default=10, metadata={"help": "items per user"})
     seen: Seen | None = field(

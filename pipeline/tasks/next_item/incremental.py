@@ -190,12 +190,12 @@ def score_increment(task: NextItemTask, model: nn.Module, *, step: int, fingerpr
     with shared.scores.writing(numbers) as scores, shared.folder.writing() if world.is_main else nullcontext():
         dist.barrier()
         counts = _update_buckets(shared, open_catalogue(model, world))
-        about = {"k": config.k, "generation": task.store.generation, "query_time": shared.asked_s}
+        about = {"k": config.k, "generation": task.store.version, "query_time": shared.asked_s}
         rows = scores.close(numbers, unit="users", **about)
     return {
         "out": config.out,
         "states": str(shared.folder.path),
-        "generation": task.store.generation,
+        "version": task.store.version,
         **counts,
         "users": sum(rows.values()),
         "store_events": task.store.num_events,

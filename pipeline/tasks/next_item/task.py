@@ -43,8 +43,8 @@ class NextItemTask:
         """rows: of the tables of a trained run. A store that was appended to may have more ids: they are unknown."""
         self.config = config
         self.world = world
-        # A run's generation says nothing about another store.
-        self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
+        # A run's version says nothing about another store.
+        self.store = Store.open(store) if store else Store.open(config.data.store, version=config.data.version)
         self.columns = ["item", *config.data.columns]
         self.rows = rows or {name: self.store.vocabulary(name).size for name in self.columns}
         self.num_items = self.rows["item"]

@@ -66,7 +66,7 @@ class RankingTask:
     ) -> None:
         """rows: of the tables of a trained run. A store that was appended to may have more ids: they are unknown."""
         self.config, self.world = config, world
-        self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
+        self.store = Store.open(store) if store else Store.open(config.data.store, version=config.data.version)
         self.table = ImpressionTable(self.store)
         self.columns = ["item", *config.data.columns]
         sizes = {name: self.store.vocabulary(name).size for name in self.columns}
