@@ -25,7 +25,7 @@ from elastic_rec.feature_store.ingestion.engines.base import IngestEngine
 from elastic_rec.feature_store.table import manifest
 from elastic_rec.feature_store.table.schema import EVENTS, TIMESTAMP, USER, leaf_path
 from elastic_rec.feature_store.utils.jagged import run_starts
-from elastic_rec.feature_store.utils.prefetch import ahead
+from elastic_rec.feature_store.utils.prefetch import prefetch
 from elastic_rec.feature_store.utils.progress import progress
 
 BUCKET = "bucket"
@@ -59,7 +59,7 @@ def write_histories(
     bar = progress("write", total=num_events, unit=" events")
     try:
         # Encoding and compression let go of Python's lock: meanwhile the next row group is fetched and cut.
-        for written in ahead(writer.write, groups, workers=1):
+        for written in prefetch(writer.write, groups, workers=1):
             bar.update(written)
     finally:
         bar.close()

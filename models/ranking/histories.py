@@ -1,6 +1,7 @@
 """Who reads the user's history for a candidate: the tower, or one of its peers. All answer with vectors per candidate.
 
-Legend: B visits (a user with some impressions), T their events end to end, I impressions, C candidates, D width,
+Legend: B impression groups (a user with some impressions), T their events end to end, I impressions, C candidates,
+D width,
 K interests, F vectors.
 
     forward(events_TD, candidates_CD, batch) -> (C, F, D)
@@ -81,17 +82,17 @@ class MomentReader(nn.Module):
 
 
 class VisitOffsets(nn.Module):
-    """forward(batch) -> (B+1,) offsets of the visits on the T axis."""
+    """forward(batch) -> (B+1,) offsets of the impression groups on the T axis."""
 
     def forward(self, batch) -> torch.Tensor:
         return batch.features["item"].offsets() - batch.features["item"].offsets()[0]
 
 
 class CausalHistory(nn.Module):
-    """One causal pass per visit, read as of each impression (towers/elastic/as_of.py).
+    """One causal pass per impression group, read as of each impression (towers/elastic/as_of.py).
 
-    An impression so sees every event of its visit before it: its newest max_history ones at least, and those that an
-    earlier impression of the visit reaches back to."""
+    An impression so sees every event of its group before it: its newest max_history ones at least, and those that an
+    earlier impression of the group reaches back to."""
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, device=None):
         super().__init__()
@@ -102,7 +103,7 @@ class CausalHistory(nn.Module):
         self.moments.begin_as(self.tower.moments)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
-        output = self.tower(events_TD, self.offsets(batch), batch.times_s, batch.visit, batch.ends)
+        output = self.tower(events_TD, self.offsets(batch), batch.times_s, batch.group, batch.ends)
         return self.read(output, candidates_CD, batch.impression)
 
     def read(self, output: AsOf | CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
@@ -146,7 +147,7 @@ class MomentHistory(nn.Module):
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         timeline = self.timeline(self.offsets(batch), batch.times_s, None)
-        places = self.place(timeline, batch.visit, batch.ends)
+        places = self.place(timeline, batch.group, batch.ends)
         moments = self.at(self.running(events_TD, timeline), events_TD, places)
         return self.reader(moments, candidates_CD, batch.impression)[:, None]
 

@@ -1,6 +1,7 @@
 """Ranking: candidates shown to a user at a moment, scored for each label (click, like, ...).
 
-Legend: B visits, T their events end to end, I impressions, C candidates of all impressions, L labels, D width,
+Legend: B impression groups, T their events end to end, I impressions, C candidates of all impressions, L labels,
+D width,
 V vectors per candidate, X = V*D, S heads.
 
     features -> EmbeddingCollection (sharded) -> events (T, D), candidates (C, D)
@@ -159,7 +160,7 @@ class RankingLoss(nn.Module):
 
 def pair_loss(logits_CL: torch.Tensor, batch) -> torch.Tensor:
     """(L,). Work is the sum over impressions of candidates squared."""
-    impression_C, num = batch.impression, batch.visit.numel()
+    impression_C, num = batch.impression, batch.group.numel()
     length_I = torch.bincount(impression_C, minlength=num)
     start_I = length_I.cumsum(0) - length_I
     first_P = torch.repeat_interleave(length_I[impression_C])

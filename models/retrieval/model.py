@@ -149,7 +149,7 @@ class RetrievalModel(nn.Module):
     score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
-    every_position: train on a target behind every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
+    every_position: train on a target after every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
         causal towers only.
     windows: histories come in windows (batch.window), and forward or query must be called with all of them in order;
         the last query is the users'. Causal only.
@@ -177,8 +177,8 @@ class RetrievalModel(nn.Module):
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
         if every_position and tower.attention is Attention.bidirectional:
             raise ValueError(
-                "a target behind every event (data.cuts=0) with model.attention=bidirectional trains on the answer: "
-                "set model.attention=causal, or data.cuts=4"
+                "data.targets=every_event with model.attention=bidirectional trains on the answer: set "
+                "model.attention=causal, or data.targets=sampled"
             )
         if windows and tower.attention is not Attention.causal:
             raise ValueError(

@@ -42,8 +42,9 @@ from elastic_rec.pipeline.training.optimizers import attach_table_optimisers
 
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (
-    "task", "model.", "memory.", "loss.", "ranking.", "data.columns", "data.max_history", "data.cuts", "data.window",
-    "data.seen", "data.split.", "data.impression_split.", "optim.global_batch_size", "run.seed", "run.precision",
+    "task", "model.", "memory.", "loss.", "ranking.", "data.columns", "data.max_history", "data.targets",
+    "data.prefixes_per_user", "data.window", "data.seen", "data.split.", "data.impression_split.",
+    "optim.global_batch_size", "run.seed", "run.precision",
 )  # fmt: skip
 
 

@@ -47,7 +47,12 @@ def everything(root: Path) -> list:
         if states is None:
             raise DataError("states that are not continued: they are made again")
         rows = np.arange(len(states.user_ids))
-        found += [states.user_ids.to_pylist(), states.clocks.time, states.clocks.num_events, states.clocks.num_at_time]
+        found += [
+            states.user_ids.to_pylist(),
+            states.watermarks.time,
+            states.watermarks.num_events,
+            states.watermarks.num_at_time,
+        ]
         found += [states.read(rows), states.about["path"]]
     return found
 
