@@ -14,7 +14,7 @@ averaged. The tower has two, all it read and the moments alone: in one head the 
 
 The batch (feature_store's ImpressionBatch, with one empty bag behind item_context) is taken by its fields. A user's
 events are embedded and encoded once, however many impressions and candidates he has in the batch. `RankingModel` owns
-sharded tables, so TorchRec traces its forward: sub-module calls only.
+sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
 """
 
 from __future__ import annotations

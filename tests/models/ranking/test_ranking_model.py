@@ -279,7 +279,7 @@ def test_untrained_candidates_read_means_of_the_events():
     B, N = 20, 50
     events_BND = F.layer_norm(torch.randn(B, 1, 32) + torch.randn(B, N, 32), (32,))
     offsets_B1, times_s_T = torch.arange(B + 1) * N, torch.arange(N).repeat(B)
-    output = history.tower(events_BND.flatten(0, 1), offsets_B1, times_s_T, torch.arange(B), offsets_B1[1:])
+    output = history.tower(events_BND.flatten(0, 1), offsets_B1, times_s_T, readings=(torch.arange(B), offsets_B1[1:]))
     read_BD = history.attention(output.interests, torch.randn(B, 32), torch.arange(B))
     alike_BB = F.cosine_similarity(read_BD[:, None], events_BND.mean(1)[None], dim=-1)
     assert torch.equal(alike_BB.argmax(1), torch.arange(B)) and alike_BB.diagonal().mean() > 0.6
