@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from elastic_rec.configs.options import Options, option
 from elastic_rec.feature_store.batches.splits import ImpressionSplit, SplitConfig, Targets
 from elastic_rec.feature_store.datasets import DatasetConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig  # noqa: F401 (commands.py)
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.utils.credentials import mask_credentials
 
@@ -100,6 +101,20 @@ def check_local(**folders: str) -> None:
 @dataclass
 class IngestVerbConfig:
     data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class VacuumConfig(Options):
+    store: str = option("", "history store to clear of old versions")
+    retention_hours: float = option(
+        24.0, "keep versions that were current so many hours ago, for their open readers", at_least=0
+    )
+
+
+@dataclass
+class RestoreConfig(Options):
+    store: str = option("", "history store whose version to choose")
+    version: int | None = option(None, "version to make the current one", at_least=0)
 
 
 @dataclass

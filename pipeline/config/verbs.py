@@ -11,7 +11,7 @@ from enum import Enum, StrEnum
 from functools import partial
 
 from elastic_rec.feature_store.batches.splits import Targets
-from elastic_rec.feature_store.ingestion.create import TimeUnit
+from elastic_rec.feature_store.ingestion.config import TimeUnit
 from elastic_rec.feature_store.states.increments import LateEvents
 from elastic_rec.models.ranking.config import RankingConfig
 from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig

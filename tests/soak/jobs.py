@@ -112,8 +112,7 @@ def store_jobs(lab: Lab) -> list[Job]:
     def shown() -> Path:
         return lab.made("shown", lab.create("store"), _impressions(lab, "[action]"))
 
-    where = ["data=files", f"data.store={lab.trial}/store"]
-    vacuum = verb("ingest", *where, "data.ingest.mode=vacuum", "data.ingest.retention_hours=0")
+    vacuum = verb("ingest", "vacuum", f"store={lab.trial}/store", "retention_hours=0")
     overwrite = lab.create("store", "data.ingest.overwrite=true", "data.ingest.num_buckets=3")
     taken = "the same bytes were taken before"
     calls = [
@@ -176,6 +175,6 @@ def _settings(run: Path, trial: Path) -> list[str]:
 
 def _impressions(lab: Lab, context: str) -> Call:
     """The events themselves, taken for impressions of one candidate, rated."""
-    where = ["data=files", f"data.store={lab.trial}/store", "data.ingest.mode=impressions", "data.ingest.threads=1"]
+    where = ["impressions", f"data.store={lab.trial}/store", "data.ingest.threads=1"]
     log = [f"data.impressions.input=[{lab.days[0]}]", "data.impressions.label_columns=[liked]"]
     return verb("ingest", *where, *log, f"data.impressions.context_columns={context}")

@@ -68,8 +68,7 @@ class Lab:
 
     def append(self, name: str, then: Call | None = None) -> Call:
         """Append of day 1 to trial/NAME."""
-        where = [f"data.store={self.trial}/{name}", "data.ingest.mode=append", "data.ingest.threads=1"]
-        return verb("ingest", "data=files", *where, f"data.ingest.input=[{self.days[1]}]", then=then)
+        return verb("ingest", "append", f"store={self.trial}/{name}", "threads=1", f"input=[{self.days[1]}]", then=then)
 
     def made(self, name: str, *calls: Call) -> Path:
         """What the calls leave in an empty trial folder, one after another; kept under a name, and made once."""

@@ -13,7 +13,8 @@ import pytest
 
 from elastic_rec.feature_store.datasets import fetch
 from elastic_rec.feature_store.datasets.movielens_formats import Bundle
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.utils import limits
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
@@ -88,7 +89,7 @@ def test_more_parts_than_names():
         (lambda: EvaluateConfig(k=[10, 10**12]), "at most 100000"),
         (lambda: EvaluateConfig(k=[0, 10]), "1 or more"),
         (lambda: RunConfig(seed=10**20), "run.seed"),
-        (lambda: IngestConfig(threads=10**8), "up to 4096"),
+        (lambda: IngestConfig(threads=10**8), "threads=100000000: set at least 0, at most 4096"),
         (lambda: ParallelConfig(timeout_s=0), "parallel.timeout_s=0: set 1 to 604800"),
     ],
 )

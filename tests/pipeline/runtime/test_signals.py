@@ -111,7 +111,7 @@ def test_ingest_ends_and_leaves_nothing(verbs, many_events, tmp_path, mode):
         few = tmp_path / "few.parquet"
         pq.write_table(pq.read_table(many_events).slice(0, 1000), few)
         verbs.good("ingest", "data=files", f"data.ingest.input=[{few}]", f"data.store={tmp_path}/store")
-        ingest.append("data.ingest.mode=append")
+        ingest = ["ingest", "append", f"input=[{many_events}]", f"store={tmp_path}/store"]
     elif mode == "spark":
         pytest.importorskip("pyspark")
         ingest += ["data.ingest.engine=spark", "data.ingest.spark_master='local[1]'"]

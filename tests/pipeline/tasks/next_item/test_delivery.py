@@ -21,7 +21,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.utils.checked_json import read_checked
 from elastic_rec.pipeline.config.verbs import EvaluateConfig, ScoreConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
@@ -72,7 +73,7 @@ def served(tmp_path_factory) -> Served:
     settings = {"context_columns": ["action"], "num_buckets": 3, "row_group_events": 300, "threads": 1}
     ingest(IngestConfig(input=[str(folder / "day0.parquet")], out=str(folder / "day0"), **settings))
     shutil.copytree(folder / "day0", folder / "day1")
-    append(IngestConfig(mode="append", input=[str(folder / "day1.parquet")], out=str(folder / "day1"), threads=1))
+    append(AppendConfig(input=[str(folder / "day1.parquet")], store=str(folder / "day1"), threads=1))
     helpers.run(
         "train", *helpers.SMALL_TRAIN, *CAUSAL, "optim.epochs=3", f"data.store={folder}/day0", f"run.dir={folder}/run"
     )
