@@ -24,7 +24,7 @@ from elastic_rec.pipeline.runtime.launch import verb
 def main(config: DescribeConfig) -> dict:
     began = time.perf_counter()
     target = target_of(config)
-    store = Store.open(config.store, generation=config.generation)
+    store = Store.open(config.store, version=config.version)
     statistics = measure(store)
     figures = store_figures(store, statistics, config.max_history)
     if has_impressions(store):

@@ -2,7 +2,7 @@
 for a run with task=ranking, AUC and its kin over the impressions of the test period.
 
 torchrun --nproc-per-node 2 pipeline/evaluate.py run=runs/ml100k
-python pipeline/evaluate.py run=runs/mine store=stores/mine generation=31
+python pipeline/evaluate.py run=runs/mine store=stores/mine version=31
 """
 
 from pathlib import Path
@@ -38,11 +38,11 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     for key, owner in KEY_OF.items():
         if run.task is not owner and getattr(config, key):
             raise ConfigError(f"{key}={getattr(config, key)}: only for runs with task={owner}; leave it out")
-    trained_on = run.data.store, run.data.generation
-    if config.store:  # a run's generation says nothing about another store
-        run.data.store, run.data.generation = config.store, config.generation
-    elif config.generation is not None:
-        run.data.generation = config.generation
+    trained_on = run.data.store, run.data.version
+    if config.store:  # a run's version says nothing about another store
+        run.data.store, run.data.version = config.store, config.version
+    elif config.version is not None:
+        run.data.version = config.version
     surveys: list[Survey] = []
 
     def look(task: AnyTask) -> None:
@@ -55,7 +55,7 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
         config.run, checkpoint=config.checkpoint, world=world, parallel=config.parallel, config=run, check=look
     )
     about = {"run": config.run, "stage": config.stage, "step": step, "ranks": world.size}
-    about |= {"store": str(task.store.path), "generation": task.store.generation}
+    about |= {"store": str(task.store.path), "version": task.store.version}
     settings = {"stage": config.stage, "length_edges": config.length_edges, "batch_size": config.batch_size}
     if isinstance(task, RankingTask):
         figures = task.evaluate(model, **settings, max_history=config.max_history)
@@ -68,13 +68,13 @@ def run_evaluation(config: EvaluateConfig, world: World) -> dict:
     return figures
 
 
-def _refuse_trained_targets(task: NextItemTask, store: str, generation: int) -> None:
-    """Leave-one-out: the last events of an earlier generation of what a run was trained on were training events."""
-    now, kind = task.store.generation, task.config.data.split.kind
-    if kind is SplitKind.leave_one_out and str(task.store.path.resolve()) == store and now < generation:
+def _refuse_trained_targets(task: NextItemTask, store: str, version: int) -> None:
+    """Leave-one-out: the last events of an earlier version of what a run was trained on were training events."""
+    now, kind = task.store.version, task.config.data.split.kind
+    if kind is SplitKind.leave_one_out and str(task.store.path.resolve()) == store and now < version:
         raise ConfigError(
-            f"generation {now} of {store} is earlier than the run's, {generation}: with data.split.kind=leave_one_out "
-            f"its targets are among the events the run was trained on; set generation={generation} or later"
+            f"version {now} of {store} is earlier than the run's, {version}: with data.split.kind=leave_one_out "
+            f"its targets are among the events the run was trained on; set version={version} or later"
         )
 
 
@@ -92,9 +92,9 @@ def _next_item(task: NextItemTask, model: RetrievalModel, config: EvaluateConfig
 
 def _name(config: EvaluateConfig) -> str:
     """Of the file with the figures: metrics, and what differs from a plain call."""
-    generation = "" if config.generation is None else f"g{config.generation}"
+    version = "" if config.version is None else f"g{config.version}"
     stage = config.stage * (config.stage != "test")
-    parts = [stage, config.max_history, config.store.rstrip("/").rpartition("/")[2], generation, config.seen]
+    parts = [stage, config.max_history, config.store.rstrip("/").rpartition("/")[2], version, config.seen]
     return "_".join(["metrics", *(str(part) for part in parts if part)])
 
 

@@ -5,8 +5,8 @@ python pipeline/ingest.py data=ml1m_ranking
 python pipeline/ingest.py data=files "data.ingest.input=[/logs/*.parquet]" data.store=stores/mine
 python pipeline/ingest.py data=files "data.ingest.input=[/logs/today.parquet]" data.store=stores/mine \
     data.ingest.mode=append
-python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=compact
-python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=rollback data.ingest.generation=6
+python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=vacuum
+python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=restore data.ingest.version=6
 python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=impressions \
     "data.impressions.input=[/logs/shown.parquet]" "data.impressions.label_columns=[click]"
 """
@@ -15,7 +15,7 @@ from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impr
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.create import IngestMode, ingest
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
-from elastic_rec.feature_store.table.versions import compact, rollback
+from elastic_rec.feature_store.table.versions import restore, vacuum
 from elastic_rec.feature_store.utils.atomic_write import at_place
 from elastic_rec.feature_store.utils.scratch import scratch_folder
 from elastic_rec.pipeline.config.data import DataConfig, IngestVerbConfig
@@ -25,8 +25,8 @@ from elastic_rec.pipeline.runtime.launch import verb
 MODES = {
     IngestMode.create: ingest,
     IngestMode.append: append,
-    IngestMode.compact: lambda config: compact(config.out, grace_hours=config.grace_hours),
-    IngestMode.rollback: lambda config: rollback(config.out, generation=config.generation),
+    IngestMode.vacuum: lambda config: vacuum(config.out, retention_hours=config.retention_hours),
+    IngestMode.restore: lambda config: restore(config.out, version=config.version),
 }
 
 

@@ -299,7 +299,7 @@ class Run:
         candidates = self._index["item"].encode(shown.flat, where="candidates")
         impressions = Impressions(
             histories=histories,
-            visit=users,
+            group=users,
             starts=histories.offsets[:-1],
             ends=histories.offsets[1:],
             times_s=none,
@@ -312,7 +312,7 @@ class Run:
             context={name: self._context(name, context.get(name), states) for name in table.context},
             item_context={name: bags.take(candidates) for name, bags in table.item_bags.items()},
         )
-        return RankingBatch.of(self.task.known(impressions))
+        return RankingBatch.of(self.task.mask_new_ids(impressions))
 
     def _context(self, name: str, values: Any, states: UserStates) -> Bags:
         if values is None:

@@ -21,7 +21,7 @@ from elastic_rec.pipeline.tasks.registry import AnyTask, make_task
 from elastic_rec.pipeline.training.checkpoints import Checkpoints
 from elastic_rec.pipeline.training.metrics_log import MetricsLog
 from elastic_rec.pipeline.training.optimizers import attach_table_optimisers, build_optimiser
-from elastic_rec.pipeline.training.run_folder import keep_generation, open_run
+from elastic_rec.pipeline.training.run_folder import keep_version, open_run
 from elastic_rec.pipeline.training.trainer import Trainer, planned_steps
 from elastic_rec.pipeline.training.validation import Validation, prepare
 
@@ -33,7 +33,7 @@ def main(config: TrainConfig, world: World) -> dict:
 
 def train(config: TrainConfig, world: World) -> dict:
     config.run.resume |= world.pulse.remembers(config.run.dir)
-    keep_generation(config)
+    keep_version(config)
     task = make_task(config, world=world)
     prepare(task)
     reader = task.train_reader()

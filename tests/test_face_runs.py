@@ -273,9 +273,9 @@ def test_what_a_run_cannot_answer_is_refused(trained, loaded):
         causal.observe(state, **part(user, 0, 1))
     with pytest.raises(ValueError, match="lists of 2 users, where one flat list is wanted"):
         causal.observe(state, **batched([user, user]))
-    with pytest.raises(ValueError, match="trained with model.time=past: leave `at` out"):
+    with pytest.raises(ValueError, match=r"trained with model.time=past: leave `at` out"):
         causal.recommend(state, at=AFTER)
-    with pytest.raises(ValueError, match="trained with model.time=query: its scores depend .* give at="):
+    with pytest.raises(ValueError, match=r"trained with model.time=query: its scores depend .* give at="):
         query.recommend(query.observe(None, **user))
     with pytest.raises(ValueError, match=r"at=1970-01-12T13:46:40Z is before the newest event of user 0"):
         query.recommend(query.observe(None, **user), at=1_000_000)
@@ -327,7 +327,7 @@ def test_a_moved_or_changed_run_says_what_to_do(trained, folder, tmp_path):
     content = bytearray(tensors.read_bytes())
     content[len(content) // 2] ^= 1
     tensors.write_bytes(content)
-    with pytest.raises(CheckpointError, match="sha256|changed"):
+    with pytest.raises(CheckpointError, match=r"sha256|changed"):
         elastic_rec.load(run, checkpoint="last")
 
 

@@ -1,12 +1,12 @@
 """Histories -> the PrefixBatch a model takes: (prefix, target) rows for training, evaluation or scoring.
 
     user, n = 8, leave_one_out    e0 e1 e2 e3 e4 e5 | e6 | e7
-    train, cuts = 2               [e0 e1] -> e2,  [e0 e1 e2 e3] -> e4         (targets drawn anew each epoch)
-    train, cuts = 0               [e0 e1 e2 e3 e4] -> e1 e2 e3 e4 e5          (a target behind every event)
+    train, every_event            [e0 e1 e2 e3 e4] -> e1 e2 e3 e4 e5          (a target after every event)
+    train, sampled (2 per user)   [e0 e1] -> e2,  [e0 e1 e2 e3] -> e4         (other targets in each epoch)
     valid / test / score          [e0 .. e5] -> e6   /   [e0 .. e6] -> e7   /   [e0 .. e7]
 
-Prefixes keep their newest max_history events. Events in no prefix stay out of the batch altogether, so what lies
-behind a cut cannot reach the model by any path.
+Prefixes keep their newest max_history events. Events in no prefix stay out of the batch altogether, so what comes
+after a prefix cannot reach the model by any path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
-from elastic_rec.feature_store.batches.splits import SplitConfig, split_bounds
+from elastic_rec.feature_store.batches.splits import SplitConfig, Targets, split_bounds
 from elastic_rec.feature_store.batches.torchrec_types import KeyedJaggedTensor
 from elastic_rec.feature_store.table.vocabulary import PAD, UNKNOWN
 from elastic_rec.feature_store.utils.counter_hash import counter_uniform
@@ -28,7 +28,7 @@ from elastic_rec.feature_store.utils.jagged import span_indices
 NUM_GAP_BUCKETS = 40
 STAGES = ("train", "valid", "test", "score")
 CandidateSampler = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-_CUTS, _STRETCHES = 3, 4  # tell these uses of counter_uniform from the reader's
+_TARGETS, _STRETCHES = 3, 4  # tell these uses of counter_uniform from the reader's
 
 
 class Prefixes(NamedTuple):
@@ -45,40 +45,43 @@ def make_prefix_batch(
     *,
     split: SplitConfig,
     stage: str,
-    cuts: int,
+    targets: Targets = Targets.every_event,
+    prefixes_per_user: int = 1,
     max_history: int,
     seed: int,
     epoch: int,
     world_size: int,
     candidates: CandidateSampler | None = None,
 ) -> PrefixBatch:
-    """stage: train (`cuts` rows per user), valid, test, score (one row per user). See PrefixBatch for shapes.
+    """stage: train, valid, test or score. One row per user, in training with sampled targets `prefixes_per_user`.
+    See PrefixBatch for shapes. Raises ValueError for an unknown stage or sizes below 1.
 
-    cuts = 0: train on a target behind every event, for causal models only: one row per user, targets and weights (P,)
-        for the P events of all prefixes, and a normaliser of this rank's targets alone (the caller adds up the ranks).
-        A history longer than max_history gives a stretch of it, drawn by (seed, epoch, user).
+    targets: of training. every_event: a target after every event, for causal models only: targets and weights (P,) for
+        the P events of all prefixes, and a normaliser of this rank's targets alone (the caller adds up the ranks). A
+        history longer than max_history gives a stretch of it, drawn by (seed, epoch, user).
+        sampled: `prefixes_per_user` targets per user, drawn by (seed, epoch, user), each with its prefix.
 
     seed, epoch: choose the training targets, together with the user's row number only, so they do not depend on ranks.
     world_size: enters the normaliser, a rank's share of the global number of rows.
     candidates: (targets (R,), weights (R,)) -> (ids (C,) int64, log_q (C,) float32) for the "candidate" feature.
     """
-    if stage not in STAGES or cuts < 0 or max_history < 1:
+    if stage not in STAGES or prefixes_per_user < 1 or max_history < 1:
         raise ValueError(
-            f"stage={stage!r}, cuts={cuts}, max_history={max_history}: stage is one of {', '.join(STAGES)}, "
-            "cuts at least 0, max_history at least 1"
+            f"stage={stage!r}, prefixes_per_user={prefixes_per_user}, max_history={max_history}: stage is one of "
+            f"{', '.join(STAGES)}, the others are at least 1"
         )
-    prefixes = choose_prefixes(histories, split, stage, cuts, max_history, seed, epoch)
+    is_every = stage == "train" and targets is Targets.every_event
+    per_user = prefixes_per_user if stage == "train" else 1
+    prefixes = choose_prefixes(histories, split, stage, targets, per_user, max_history, seed, epoch)
     rows = histories.rows[prefixes.users]
-    every_position = stage == "train" and cuts == 0
-    if every_position:
-        targets, query_gap_s = targets_behind(histories, prefixes.starts, prefixes.ends)
+    if is_every:
+        items, query_gap_s = targets_after(histories, prefixes.starts, prefixes.ends)
     else:
-        targets, query_gap_s = targets_at(histories, prefixes.targets)
-    weights = loss_weights(stage, rows, targets)
-    num_losses = histories.num_global_users * (cuts if stage == "train" else 1)
-    normaliser = weights.sum() if every_position else num_losses / world_size
+        items, query_gap_s = targets_at(histories, prefixes.targets)
+    weights = loss_weights(stage, rows, items)
+    normaliser = weights.sum() if is_every else histories.num_global_users * per_user / world_size
     spans = rows, prefixes.starts, prefixes.ends
-    return assemble(histories, *spans, targets, query_gap_s, weights, normaliser, candidates)
+    return assemble(histories, *spans, items, query_gap_s, weights, normaliser, candidates)
 
 
 def targets_at(histories: Histories, positions_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,13 +96,13 @@ def targets_at(histories: Histories, positions_R: np.ndarray) -> tuple[np.ndarra
     return items, gaps
 
 
-def targets_behind(histories: Histories, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) each, as targets_at, of the event behind every event of the stretches [starts, ends)."""
+def targets_after(histories: Histories, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(P,) each, as targets_at, of the event after every event of the stretches [starts, ends)."""
     return targets_at(histories, span_indices(starts + 1, ends - starts))
 
 
 def loss_weights(stage: str, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    # An unknown item is nobody's next item: there is no row of the catalogue to rank.
+    # An unknown item is never the next item: there is no row of the catalogue to rank.
     return ((rows >= 0) if stage == "score" else (targets > UNKNOWN)).astype(np.float32)
 
 
@@ -150,32 +153,40 @@ def gaps_s(histories: Histories) -> np.ndarray:
 
 
 def choose_prefixes(
-    histories: Histories, split: SplitConfig, stage: str, cuts: int, max_history: int, seed: int, epoch: int
+    histories: Histories,
+    split: SplitConfig,
+    stage: str,
+    targets: Targets,
+    prefixes_per_user: int,
+    max_history: int,
+    seed: int,
+    epoch: int,
 ) -> Prefixes:
     begins, n_B = histories.offsets[:-1], np.diff(histories.offsets)
     users = np.arange(len(n_B))
     if stage == "score":
-        ends, targets = n_B, np.full(len(n_B), -1)
-    elif stage == "train" and cuts == 0:
+        ends, positions = n_B, np.full(len(n_B), -1)
+    elif stage == "train" and targets is Targets.every_event:
         starts, ends = _stretches(histories, split_bounds(split, histories).train_end, max_history, seed, epoch)
         return Prefixes(users, starts, ends, ends)
     elif stage == "train":
-        users = np.repeat(users, cuts)
-        targets = _draw_targets(split_bounds(split, histories).train_end, histories.rows, cuts, seed, epoch)
-        ends = np.maximum(targets, 0)
+        users = np.repeat(users, prefixes_per_user)
+        train_end_B = split_bounds(split, histories).train_end
+        positions = _draw_targets(train_end_B, histories.rows, prefixes_per_user, seed, epoch)
+        ends = np.maximum(positions, 0)
     else:
         bounds = split_bounds(split, histories)
-        targets = bounds.valid if stage == "valid" else bounds.test
-        ends = np.maximum(targets, 0)
+        positions = bounds.valid if stage == "valid" else bounds.test
+        ends = np.maximum(positions, 0)
     starts = np.maximum(ends - max_history, 0)
     begins = begins[users]
-    return Prefixes(users, begins + starts, begins + ends, np.where(targets >= 0, begins + targets, -1))
+    return Prefixes(users, begins + starts, begins + ends, np.where(positions >= 0, begins + positions, -1))
 
 
 def _stretches(
     histories: Histories, train_end_B: np.ndarray, max_history: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One stretch of up to max_history training events per user, with an event behind it: (starts, ends)."""
+    """One stretch of up to max_history training events per user, with an event after it: (starts, ends)."""
     last_B = np.maximum(train_end_B - 1, 0)  # the last training event is only ever a target
     spare_B = np.maximum(last_B - max_history, 0)
     u_B = counter_uniform(_STRETCHES, seed, epoch, histories.rows, np.zeros_like(histories.rows))
@@ -183,13 +194,13 @@ def _stretches(
     return starts, starts + np.minimum(last_B, max_history)
 
 
-def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, cuts: int, seed: int, epoch: int) -> np.ndarray:
-    """(B*cuts,) positions in [1, train_end), one from each of `cuts` equal strata, rising; -1 where train_end < 2."""
-    cut_J = np.arange(cuts)
-    u_BJ = counter_uniform(_CUTS, seed, epoch, rows_B[:, None], cut_J[None, :])
+def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, per_user: int, seed: int, epoch: int) -> np.ndarray:
+    """(B*J,) positions in [1, train_end), one from each of J = per_user equal strata, rising; -1 for train_end < 2."""
+    stratum_J = np.arange(per_user)
+    u_BJ = counter_uniform(_TARGETS, seed, epoch, rows_B[:, None], stratum_J[None, :])
     choices_B1 = (train_end_B - 1)[:, None]
-    targets_BJ = 1 + np.floor((cut_J + u_BJ) / cuts * choices_B1).astype(np.int64)
-    # (cuts - 1 + u) / cuts may round up to 1.
+    targets_BJ = 1 + np.floor((stratum_J + u_BJ) / per_user * choices_B1).astype(np.int64)
+    # (J - 1 + u) / J may round up to 1.
     targets_BJ = np.where(choices_B1 >= 1, np.minimum(targets_BJ, choices_B1), -1)
     return targets_BJ.ravel()
 

@@ -1,10 +1,10 @@
 """Batches of impressions: numpy arrays as the reader yields them, and the jagged batch a ranking model takes.
 
-Legend: B visits (a user with some of his impressions), T = events of their histories end to end, I impressions,
-C candidates of all impressions, L labels.
+Legend: B impression groups (a user with some of their impressions), T = events of their histories end to end,
+I impressions, C candidates of all impressions, L labels.
 
-    visits B         u0                          u1
-    events T         a b c d e f                 g h i        newest ones before the visit's last impression
+    groups B         u0                          u1
+    events T         a b c d e f                 g h i        newest ones before the group's last impression
     impressions I    i0 (sees a b c)             i2 (sees g h i)
                      i1 (sees b c d e f)                      starts, ends: spans of the T axis
     candidates C     x y | z                     v w          candidate_offsets, labels (C, L)
@@ -29,9 +29,9 @@ from elastic_rec.feature_store.utils.jagged import Bags
 class Impressions:
     """One rank's share of one global batch.
 
-    histories: of the B visits; rows -1 for a user without a history, and for padding. A user's history holds at most
-        his newest events before the last of his impressions here; never one at or behind it.
-    visit: (I,) int64 in 0..B-1, ascending. starts, ends: (I,) int64, spans of the histories' T axis: the newest
+    histories: of the B impression groups; rows -1 for a user without a history, and for padding. A user's history
+        holds at most the newest events before the last of their impressions here; never one at or after it.
+    group: (I,) int64 in 0..B-1, ascending. starts, ends: (I,) int64, spans of the histories' T axis: the newest
         max_history events strictly before the impression.
     times_s, rows: (I,) int64; rows count through the impressions table, -1 for padding (an impression without
         candidates, so that a rank without impressions still takes part).
@@ -44,7 +44,7 @@ class Impressions:
     """
 
     histories: Histories
-    visit: np.ndarray
+    group: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     times_s: np.ndarray
@@ -63,9 +63,9 @@ class ImpressionBatch(Pipelineable):
     """What a ranking model's forward takes; everything in it is a tensor or a KeyedJaggedTensor, or None.
 
     features: KeyedJaggedTensor, stride B. Keys: the event columns, "gap" (see PrefixBatch), and "candidate": the
-        candidates of each visit's impressions, end to end, so that its values are the C axis and one lookup of the
+        candidates of each group's impressions, end to end, so that its values are the C axis and one lookup of the
         item table serves history and candidates.
-    times_s: (T,) int64. visit, starts, ends: (I,) int64. impression_times_s: (I,) int64.
+    times_s: (T,) int64. group, starts, ends: (I,) int64. impression_times_s: (I,) int64.
     query_gap_s: (I,) int64, seconds from the newest event an impression sees to the impression; -1 where it sees none.
     impression: (C,) int64 in 0..I-1, the impression of each candidate.
     labels, label_weights: (C, L) float32; the weight is 0 (and the label 0) where there is no label.
@@ -78,7 +78,7 @@ class ImpressionBatch(Pipelineable):
 
     features: KeyedJaggedTensor
     times_s: torch.Tensor
-    visit: torch.Tensor
+    group: torch.Tensor
     starts: torch.Tensor
     ends: torch.Tensor
     impression_times_s: torch.Tensor
@@ -117,14 +117,14 @@ def make_impression_batch(impressions: Impressions) -> ImpressionBatch:
     lengths_I = np.diff(impressions.candidate_offsets)
     columns = {**histories.columns, "gap": gap_buckets(histories)}
     lengths_B = np.diff(histories.offsets)
-    candidates_B = np.bincount(impressions.visit, weights=lengths_I, minlength=len(lengths_B)).astype(np.int64)
+    candidates_B = np.bincount(impressions.group, weights=lengths_I, minlength=len(lengths_B)).astype(np.int64)
     bags = [(name, lengths_B, values) for name, values in columns.items()]
     is_labelled = ~np.isnan(impressions.labels)
     label_weights = is_labelled.astype(np.float32)
     return ImpressionBatch(
         features=_keyed([*bags, ("candidate", candidates_B, impressions.candidates)]),
         times_s=torch.from_numpy(histories.times_s),
-        visit=torch.from_numpy(impressions.visit),
+        group=torch.from_numpy(impressions.group),
         starts=torch.from_numpy(impressions.starts),
         ends=torch.from_numpy(impressions.ends),
         impression_times_s=torch.from_numpy(impressions.times_s),

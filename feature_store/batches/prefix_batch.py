@@ -6,10 +6,10 @@ R prefixes (rows of the model's output; several per user in training, one in eva
     users        u0            u1       u2
     events T     a b c d e     f g h    i j
     offsets      0             5        8     10
-    prefix r     [start_r, end_r) within one user's stretch; the target is an event behind end_r
+    prefix r     [start_r, end_r) within one user's stretch; the target is an event at or after end_r
 
-Events are embedded once per user and gathered once per prefix, so several cuts of one history share
-the lookup (and its all-to-all), which is the dear part of a step.
+Events are embedded once per user and gathered once per prefix, so several prefixes of one history
+share the lookup and its all-to-all, the most expensive part of a step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PrefixBatch(Pipelineable):
     times_s: (T,) int64 seconds, same offsets as the event columns.
     starts, ends: (R,) int64, prefix r is events [starts[r], ends[r]) of the T axis.
     targets: (R,) int64 item ids, 0 where there is none; (P,), one per event of each prefix, prefixes laid end to end,
-        in training with a target behind every event.
+        in training with a target after every event.
     weights: float32, like targets: 0 for padding rows and where there is no target.
     log_q: (C,) float32, log of the expected count of each candidate under the sampler (zeros: full softmax).
     normaliser: () float32, what the weighted sum of losses is divided by; the mean over ranks of

@@ -4,7 +4,7 @@
                                 train         valid   test        train targets are e1..e3, each after what precedes it
     global_time                 t < valid_time | first in [valid_time, test_time) | first >= test_time
 
-Nothing at or behind train_end is ever a training target or in a training prefix. An evaluation target is predicted
+No event at or after train_end is ever a training target or in a training prefix. An evaluation target is predicted
 from everything that precedes it in its user's history (for the test target that includes the validation event).
 """
 
@@ -20,6 +20,13 @@ import numpy as np
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.times import parse_time_s
+
+
+class Targets(Enum):
+    """What a user's training events are used for: all of them are targets, or some drawn ones."""
+
+    every_event = "every_event"
+    sampled = "sampled"
 
 
 class SplitKind(Enum):
@@ -93,7 +100,7 @@ def _global_time(histories: Histories, valid_s: int, test_s: int) -> SplitBounds
 
 
 def _count_before(histories: Histories, moment_s: int) -> np.ndarray:
-    """(B,) events with time < moment_s; times rise within a user, so these are his first ones."""
+    """(B,) events with time < moment_s; times rise within a user, so these are the user's first ones."""
     before = np.zeros(len(histories.times_s) + 1, np.int64)
     np.cumsum(histories.times_s < moment_s, out=before[1:])
     return before[histories.offsets[1:]] - before[histories.offsets[:-1]]

@@ -1,5 +1,5 @@
-"""TorchRec's types, behind the check that it belongs to this torch. The one door to it in this room: what only moves
-events (an ingest, Spark's executors) imports neither."""
+"""TorchRec's types, imported after the check that it belongs to this torch. No other module of the room imports
+TorchRec: what only moves events (an ingest, Spark's executors) needs neither."""
 
 from elastic_rec.configs.stack import check_stack
 

@@ -17,19 +17,19 @@ from elastic_rec.feature_store.batches.examples import (
     assemble,
     choose_prefixes,
     loss_weights,
+    targets_after,
     targets_at,
-    targets_behind,
 )
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
-from elastic_rec.feature_store.batches.splits import SplitConfig
+from elastic_rec.feature_store.batches.splits import SplitConfig, Targets
 from elastic_rec.feature_store.utils.jagged import offsets_of, span_indices
 
 
 class HistoryWindows:
-    """The windows of one batch of users. stage "train": a target behind every event; else one prefix per user.
+    """The windows of one batch of users. stage "train": a target after every event; else one prefix per user.
 
-    Laid end to end, the windows are the batch that make_prefix_batch(cuts=0, or cuts=1 outside training) gives.
+    Laid end to end, the windows are the batch that make_prefix_batch(targets=Targets.every_event) gives.
     first_B: events of each user that are left out at the start, because a state holds them already.
     """
 
@@ -47,8 +47,7 @@ class HistoryWindows:
         first_B: np.ndarray | None = None,
     ) -> None:
         self.histories, self.size, self.stage, self.world_size = histories, size, stage, world_size
-        cuts = 0 if stage == "train" else 1
-        self.prefixes = choose_prefixes(histories, split, stage, cuts, max_history, seed, epoch)
+        self.prefixes = choose_prefixes(histories, split, stage, Targets.every_event, 1, max_history, seed, epoch)
         if first_B is not None:
             starts = np.maximum(self.prefixes.starts, histories.offsets[:-1] + first_B)
             self.prefixes = self.prefixes._replace(starts=starts)
@@ -65,7 +64,7 @@ class HistoryWindows:
         starts = np.minimum(self.prefixes.starts + number * self.size, self.prefixes.ends)
         ends = np.minimum(starts + self.size, self.prefixes.ends)
         if self.stage == "train":
-            targets, query_gap_s = targets_behind(self.histories, starts, ends)
+            targets, query_gap_s = targets_after(self.histories, starts, ends)
         else:
             targets, query_gap_s = targets_at(self.histories, self.prefixes.targets)
         weights = loss_weights(self.stage, rows, targets)

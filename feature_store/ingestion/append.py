@@ -1,7 +1,7 @@
-"""A new day's events folded into a store: the next generation, all or nothing.
+"""A new day's events folded into a store: the next version, all or nothing.
 
 Buckets that get events are written anew beside the old ones (copy-on-write), the others are shared. Data files first,
-then their manifest, then manifest.json (versions.py): whatever moment the process dies at, the current generation
+then their manifest, then manifest.json (versions.py): whatever moment the process dies at, the current version
 stays whole, and running the append again finishes it.
 """
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from elastic_rec.feature_store.ingestion.checks import Policy
-from elastic_rec.feature_store.ingestion.contents import write_sorted, write_vocabularies
 from elastic_rec.feature_store.ingestion.create import IngestConfig, TimeUnit
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.merge import MergeEngine
+from elastic_rec.feature_store.ingestion.writer import write_sorted, write_vocabularies
 from elastic_rec.feature_store.table import schema
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.manifest import check_digest, put_in_place
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.feature_store.table.versions import append_folder, next_generation, publish, writing
+from elastic_rec.feature_store.table.versions import append_folder, next_version, publish, writing
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.feature_store.utils.credentials import mask_credentials
 from elastic_rec.feature_store.utils.errors import DataError
@@ -101,7 +101,7 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
 def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
     taken = [entry for entry in base.manifest["source"]["files"] if entry["events"]]
-    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, generation {entry['generation']}" for entry in taken}
+    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, version {entry['generation']}" for entry in taken}
     sizes = {entry["bytes"] for entry in taken}
     for path in paths:
         if path.size() in sizes and (digest := path.digest()) in known:
@@ -174,7 +174,7 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
 
 
 def _publish(base: Store, merged: Merged, work: Path) -> dict:
-    """The next generation, from the files in `work`; returns its figures."""
+    """The next version, from the files in `work`; returns its figures."""
     root, counts = base.path, merged.counts
     expected = _num_events(merged.old) + counts["appended_events"]
     if (found := _num_events(merged.data)) != expected:
@@ -182,7 +182,7 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
             f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
             "program: please report it with the input"
         )
-    number = next_generation(root)
+    number = next_version(root)
     data = put_in_place(merged.data, work, root)
     names, entries = list(merged.vocabularies), list(merged.vocabularies.values())
     vocabularies = dict(zip(names, put_in_place(entries, work, root), strict=True))
@@ -212,7 +212,7 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
     written_bytes = data_bytes + sum(entry["bytes"] for entry in vocabularies.values())
     appended_bytes = data_bytes * counts["appended_events"] / expected
     return {
-        "generation": number,
+        "version": number,
         "hash": manifest["hash"],
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,
@@ -231,9 +231,9 @@ def _num_events(entries: list[dict]) -> int:
 
 
 def _nothing_new(base: Store, merged: Merged) -> dict:
-    """Every event was there already, or dropped: the current generation stays the current one."""
+    """Every event was there already, or dropped: the current version stays the current one."""
     return {
-        "generation": base.generation,
+        "version": base.version,
         "hash": base.manifest["hash"],
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,

@@ -1,6 +1,6 @@
 """Raw event log -> history store, all or nothing.
 
-    input files --engine: check, filter, sort--> Arrow batches --run-cutter--> <out>.tmp-<pid>/ --one rename--> <out>
+    input files --engine: check, filter, sort--> Arrow batches --writer--> <out>.tmp-<pid>/ --one rename--> <out>
 
 The manifest is the last file written into the staging folder and the rename the last act: at no moment is there a
 half store under `out`. An error removes the staging folder; a killed process leaves it, and the next ingest to the
@@ -13,12 +13,12 @@ import time
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from elastic_rec.feature_store.ingestion.checks import CHECKS, ChecksConfig, Policy
-from elastic_rec.feature_store.ingestion.contents import describe_schema, write_vocabularies
+from elastic_rec.feature_store.ingestion.engines.base import IngestEngine
 from elastic_rec.feature_store.ingestion.engines.duckdb import DuckEngine
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
+from elastic_rec.feature_store.ingestion.writer import describe_schema, write_vocabularies
 from elastic_rec.feature_store.table import schema
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
@@ -26,9 +26,6 @@ from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging,
 from elastic_rec.feature_store.table.times import parse_time_s
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.progress import peak_memory_bytes
-
-if TYPE_CHECKING:
-    from elastic_rec.feature_store.ingestion.engines.spark.engine import SparkEngine
 
 FILTERS = ("min_user_events", "min_item_events", "max_history", "min_vocabulary_count")
 BUCKET_HASH = "int64: ((id % N) + N) % N; string: int(md5(utf8).hexdigest()[:15], 16) % N"
@@ -56,8 +53,8 @@ class Engine(Enum):
 class IngestMode(Enum):
     create = "create"
     append = "append"
-    compact = "compact"
-    rollback = "rollback"
+    vacuum = "vacuum"
+    restore = "restore"
     impressions = "impressions"
 
 
@@ -69,7 +66,7 @@ class IngestConfig:
         default=IngestMode.create,
         metadata={
             "help": "create: a new store at `out`. The others change the store there: append folds new input in, "
-            "compact deletes generations that nobody needs, rollback makes an earlier generation the current one, "
+            "vacuum deletes versions that nobody needs, restore makes an earlier version the current one, "
             "impressions writes data.impressions into the store (create does so, too)."
         },
     )
@@ -152,10 +149,10 @@ class IngestConfig:
         default=False,
         metadata={"help": "append: take an input without event ids even if the store holds it already (doubles it)."},
     )
-    generation: int | None = field(default=None, metadata={"help": "rollback: the generation to go back to."})
-    grace_hours: float = field(
+    version: int | None = field(default=None, metadata={"help": "restore: the version to go back to."})
+    retention_hours: float = field(
         default=24.0,
-        metadata={"help": "compact: keep generations that were current so many hours ago, for their open readers."},
+        metadata={"help": "vacuum: keep versions that were current so many hours ago, for their open readers."},
     )
 
     def __post_init__(self) -> None:
@@ -188,18 +185,16 @@ class IngestConfig:
             raise ValueError(f"overwrite=true replaces a store, mode={mode} changes one: set only one of them")
         if self.force and mode != "append":
             raise ValueError(f"force=true has no effect on mode={mode}; leave it out")
-        if (self.generation is not None) != (mode == "rollback"):
-            raise ValueError(
-                f"mode={mode}, generation={self.generation}: rollback needs a generation, no other has one"
-            )
-        if self.input and mode in ("compact", "rollback"):
+        if (self.version is not None) != (mode == "restore"):
+            raise ValueError(f"mode={mode}, version={self.version}: restore needs a version, no other has one")
+        if self.input and mode in ("vacuum", "restore"):
             raise ValueError(f"mode={mode} reads no input; leave input out")
         if self.engine is Engine.spark and mode != "create":
             raise ValueError(f"engine=spark makes stores (mode=create); mode={mode} needs engine=duckdb, for any store")
         if self.spark_master is not None and self.engine is not Engine.spark:
             raise ValueError(f"spark_master={self.spark_master} has no effect on engine=duckdb; set engine=spark")
-        if self.grace_hours < 0:
-            raise ValueError(f"grace_hours={self.grace_hours}: give 0 for none, or more")
+        if self.retention_hours < 0:
+            raise ValueError(f"retention_hours={self.retention_hours}: give 0 for none, or more")
 
     def time_range(self) -> tuple[int | None, int | None]:
         """[first, end) in timestamp_unit; None: open."""
@@ -237,7 +232,7 @@ def ingest(config: IngestConfig) -> dict:
     }
 
 
-def _engine(config: IngestConfig, work: Path) -> DuckEngine | SparkEngine:
+def _engine(config: IngestConfig, work: Path) -> IngestEngine:
     settings = {
         "roles": list(config.roles()),
         "unit": config.timestamp_unit.value,

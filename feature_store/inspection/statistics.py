@@ -19,7 +19,7 @@ from elastic_rec.feature_store.table.manifest import MANIFEST
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.feature_store.utils.arrow import flat_list
-from elastic_rec.feature_store.utils.prefetch import ahead
+from elastic_rec.feature_store.utils.prefetch import prefetch
 from elastic_rec.feature_store.utils.progress import progress
 
 # A float64 has 52 bits of mantissa; 6 of them and the exponent make 64 bins per doubling, integers below 128 exact.
@@ -87,7 +87,7 @@ def measure(store: Store) -> StoreStatistics:
     lengths, days, gaps, longest = Tally(), Tally(), Tally(), 0
     counts = {name: np.zeros(store.manifest["vocabularies"][name]["size"], np.int64) for name in store.columns}
     bar = progress("describe", total=store.num_events, unit=" events")
-    for users in ahead(decoder.decode, range(len(decoder.groups)), workers=1):
+    for users in prefetch(decoder.decode, range(len(decoder.groups)), workers=1):
         lengths.add(np.diff(users.offsets))
         days.add(users.times // (DAY_S * decoder.units_per_second))
         between = gaps_of(users)

@@ -1,7 +1,7 @@
 """The global order of an epoch, and which rank reads which row groups of it.
 
-Units (users, or visits of users) lie in row groups. Row groups of all files are permuted and dealt into blocks. Within
-a block, unit j of a group of n, in an order drawn for that group, stands at the fraction (j + u) / n, u random:
+Units (users, or impression groups) lie in row groups. Row groups of all files are permuted and dealt into blocks.
+Within a block, unit j of a group of n, in an order drawn for that group, stands at the fraction (j + u) / n, u random:
 
     group A, 4 units   a0   a1   a2   a3        block    b0 a0 a1 c0 b1 a2 a3 c1
     group B, 2 units   b0        b1

@@ -1,4 +1,4 @@
-"""Histories batch by batch, in one global order that every rank computes and reads its own row groups of (epoch_order.py).
+"""Histories batch by batch, in one global order. Every rank computes it and reads its own row groups (epoch_order.py).
 
     order    7 2 9 | 4 0 1 | 8          G = 3, users 7 4 1 8 in row groups of rank 0, the others of rank 1
     batch      0       1     2          rank 0:  7   | 4 1 | 8
@@ -19,12 +19,12 @@ import numpy as np
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.reading.cursor import Cursor
 from elastic_rec.feature_store.reading.epoch_order import ROW_GROUPS_PER_BLOCK, Block, drawn_order, epoch_blocks
-from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, no_users, padding_user
+from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, no_users, padding_histories
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.jagged import offsets_of
-from elastic_rec.feature_store.utils.prefetch import ahead
+from elastic_rec.feature_store.utils.prefetch import prefetch
 
 
 class Loaded(NamedTuple):
@@ -46,7 +46,7 @@ class HistoryReader:
     several groups for each rank), and take as much more memory: a rank holds its share of workers + 2 blocks.
     events_per_batch: token budget of a global batch; 0: none. A user counts with at most max_history events. A batch
     then ends before the user who would exceed it, at global_batch_size users, or with its block; a user who alone
-    exceeds it is a batch of his own. Batches hold as many users as fit, so an epoch has num_batches_in(epoch).
+    exceeds it is a batch of their own. Batches hold as many users as fit, so an epoch has num_batches_in(epoch).
     bucket_lengths: users of like length (factors of two) stand together, the lengths of a block in a drawn order.
     """
 
@@ -201,13 +201,13 @@ class HistoryReader:
             return Loaded(block, concat_users(parts).take(picks[in_order]), positions[in_order])
 
         blocks = (block for block in self._blocks(epoch) if block.stop > begin)
-        for block, parts in ahead(decode, blocks, workers=self.workers):
+        for block, parts in prefetch(decode, blocks, workers=self.workers):
             yield lay_out(block, parts)
 
     def _histories(self, parts: list[Users], *, num_global_users: int) -> Histories:
         users = concat_users(parts)
         if not len(users.rows):  # a rank without users in a batch still takes part
-            users = padding_user(self.columns)
+            users = padding_histories(self.columns)
         return users.histories(self.decoder.units_per_second, num_global_users=num_global_users)
 
     def file_histories(self, file_index: int, batch_size: int) -> Iterator[Histories]:
@@ -215,7 +215,7 @@ class HistoryReader:
         groups = [number for number, group in enumerate(self.decoder.groups) if group.file == file_index]
         pending: list[Users] = []
         num_pending = 0
-        for users in ahead(self.decoder.decode, groups, workers=self.workers):
+        for users in prefetch(self.decoder.decode, groups, workers=self.workers):
             at = 0
             while at < len(users.rows):
                 stop = min(at + batch_size - num_pending, len(users.rows))

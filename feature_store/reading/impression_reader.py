@@ -1,6 +1,7 @@
 """Impressions batch by batch, each with its user's history as of its time, in one global order (epoch_order.py).
 
-A unit of the order is a visit (visits.py), so a user's history is read and embedded once for several impressions.
+A unit of the order is an impression group (impression_groups.py): a user's history is read and embedded once for
+several impressions.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from elastic_rec.feature_store.ingestion.impressions.config import STAGES
 from elastic_rec.feature_store.ingestion.impressions.writer import group_edges
 from elastic_rec.feature_store.reading.cursor import Cursor
 from elastic_rec.feature_store.reading.epoch_order import Share, drawn_order, epoch_blocks
-from elastic_rec.feature_store.reading.row_groups import Decoder, no_users
-from elastic_rec.feature_store.reading.visits import (
-    GroupVisits,
+from elastic_rec.feature_store.reading.impression_groups import (
+    ImpressionGroups,
     concat_impressions,
+    group_impressions,
+    groups_per_user,
     in_range,
-    make_visits,
-    no_impressions,
-    take_visits,
-    visits_per_user,
+    padding_impressions,
+    take_groups,
 )
+from elastic_rec.feature_store.reading.row_groups import Decoder, no_users
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store, first_users
@@ -37,19 +38,19 @@ from elastic_rec.feature_store.utils.jagged import offsets_of, run_starts
 class GroupRows(NamedTuple):
     """Rows [begin, end) of a file of impressions belong to a row group of histories (-1: their bucket has none)."""
 
-    group: int
+    row_group: int
     file: int
     begin: int
     end: int
-    num_visits: int
+    num_groups: int
 
 
 class ImpressionReader:
     """One rank's view of the impressions of a stage: "train", "valid" or "test".
 
-    columns: event columns of the histories; "item" is read whether named or not. global_batch_size: visits per batch
-    over all ranks. per_visit: impressions of a user in one visit, at most. Every impression of the stage comes once per
-    epoch, and every rank yields the same number of batches.
+    columns: event columns of the histories; "item" is read whether named or not. global_batch_size: impression
+    groups per batch, over all ranks. max_impressions_per_user: impressions of a user in one group, at most. Every
+    impression of the stage comes once per epoch, and every rank yields the same number of batches.
     """
 
     def __init__(
@@ -60,48 +61,49 @@ class ImpressionReader:
         split: ImpressionSplit,
         stage: str,
         global_batch_size: int,
-        per_visit: int,
+        max_impressions_per_user: int,
         max_history: int,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool,
         seed: int = 0,
     ) -> None:
-        if stage not in STAGES or min(global_batch_size, per_visit, max_history) < 1 or not 0 <= rank < world_size:
+        sizes = global_batch_size, max_impressions_per_user, max_history
+        if stage not in STAGES or min(sizes) < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"stage={stage!r}, global_batch_size={global_batch_size}, per_visit={per_visit}, "
-                f"max_history={max_history}, rank={rank} of {world_size}: stage is one of {', '.join(STAGES)}, sizes "
-                "are at least 1"
+                f"stage={stage!r}, global_batch_size={global_batch_size}, "
+                f"max_impressions_per_user={max_impressions_per_user}, max_history={max_history}, rank={rank} of "
+                f"{world_size}: stage is one of {', '.join(STAGES)}, sizes are at least 1"
             )
         self.table = ImpressionTable(store)
         self.columns = list(dict.fromkeys([ITEM, *columns]))
         self.decoder = Decoder(store, self.columns)
         self.range = split.range(stage, percentiles=self.table.percentiles, time_unit=store.time_unit)
-        self.global_batch_size, self.per_visit, self.max_history = global_batch_size, per_visit, max_history
+        self.global_batch_size, self.max_impressions_per_user, self.max_history = sizes
         self.rank, self.world_size, self.shuffle, self.seed = rank, world_size, shuffle, seed
-        self.groups = self._count_visits(store)
-        self._num_visits_G = np.array([group.num_visits for group in self.groups], np.int64)
-        self.num_visits = int(self._num_visits_G.sum())
-        if not self.num_visits:
+        self.groups = self._count_groups(store)
+        self._num_groups_G = np.array([group.num_groups for group in self.groups], np.int64)
+        self.num_groups = int(self._num_groups_G.sum())
+        if not self.num_groups:
             raise DataError(f"{store.path}: no impressions in stage {stage}: {self._stages(split)}")
 
     @property
     def num_batches(self) -> int:
-        return -(-self.num_visits // self.global_batch_size)
+        return -(-self.num_groups // self.global_batch_size)
 
     def cursor(self, epoch: int, batches: int) -> Cursor:
-        """Where reading stands after so many batches of an epoch; its rows are visits."""
-        rows = min(batches * self.global_batch_size, self.num_visits)
+        """Where reading stands after so many batches of an epoch; its rows are impression groups."""
+        rows = min(batches * self.global_batch_size, self.num_groups)
         return Cursor(self.seed, epoch, rows, self.table.store.manifest["hash"])
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Impressions]:
         """Batches start_batch, start_batch + 1, ... of one epoch."""
         if not 0 <= start_batch <= self.num_batches:
-            raise DataError(f"start_batch {start_batch} is outside 0..{self.num_batches}; was the table made anew?")
+            raise DataError(f"start_batch {start_batch} is outside 0..{self.num_batches}; was the table made again?")
         size, parts = self.global_batch_size, []
         for block in epoch_blocks(
-            self._num_visits_G,
-            self._num_visits_G,
+            self._num_groups_G,
+            self._num_groups_G,
             seed=self.seed,
             epoch=epoch,
             shuffle=self.shuffle,
@@ -117,42 +119,42 @@ class ImpressionReader:
                 for share, group, drawn in loaded:
                     first, last = np.searchsorted(share.positions, [at, end])
                     if first < last:
-                        visits = drawn[share.picks[first:last]]
+                        groups = drawn[share.picks[first:last]]
                         units = self.decoder.units_per_second
-                        parts.append(take_visits(group, visits, self.table.item_bags, units))
-                if end % size == 0 or end == self.num_visits:
-                    yield self._batch(parts, num_global_visits=end - (end - 1) // size * size)
+                        parts.append(take_groups(group, groups, self.table.item_bags, units))
+                if end % size == 0 or end == self.num_groups:
+                    yield self._batch(parts, num_global_groups=end - (end - 1) // size * size)
                     parts = []
                 at = end
 
-    def _batch(self, parts: list[Impressions], *, num_global_visits: int) -> Impressions:
+    def _batch(self, parts: list[Impressions], *, num_global_groups: int) -> Impressions:
         table = self.table
         batch = (
             concat_impressions(parts)
             if parts
-            else no_impressions(
+            else padding_impressions(
                 self.columns, num_labels=len(table.labels), context=table.context, item_context=table.item_context
             )
         )
-        return replace(batch, histories=replace(batch.histories, num_global_users=num_global_visits))
+        return replace(batch, histories=replace(batch.histories, num_global_users=num_global_groups))
 
-    def _load(self, share: Share, epoch: int) -> tuple[GroupVisits, np.ndarray]:
-        group, file, begin, end, num_visits = self.groups[share.group]
+    def _load(self, share: Share, epoch: int) -> tuple[ImpressionGroups, np.ndarray]:
+        group, file, begin, end, num_groups = self.groups[share.group]
         rows = self.table.read(file, begin, end)
         users = self.decoder.decode(group) if group >= 0 else no_users(self.columns)
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
-        visits = make_visits(
+        groups = group_impressions(
             users,
             self.decoder.user_ids(group) if group >= 0 else rows.users[:0],
             rows,
             range=self.range,
-            per_visit=self.per_visit,
+            max_impressions_per_user=self.max_impressions_per_user,
             max_history=self.max_history,
             **order,
         )
-        if len(visits.user) != num_visits:
+        if len(groups.user) != num_groups:
             raise DataError(f"{self.table.path}: file {file} was changed while it was read; ingest impressions again")
-        return visits, drawn_order(visits.keys, **order)
+        return groups, drawn_order(groups.keys, **order)
 
     def _stages(self, split: ImpressionSplit) -> str:
         """How many impressions each stage has, when they were, and what to set."""
@@ -170,7 +172,7 @@ class ImpressionReader:
             f"data.impression_split.valid_time={split.valid_time} and test_time={split.test_time} to moments in between"
         )
 
-    def _count_visits(self, store: Store) -> list[GroupRows]:
+    def _count_groups(self, store: Store) -> list[GroupRows]:
         """Scans users and times of the impressions, a file at a time."""
         firsts = first_users(store)
         first_group: dict[int, int] = {}
@@ -181,10 +183,10 @@ class ImpressionReader:
             users, times = self.table.users_and_times(file)
             edges = group_edges(users, firsts.get(entry["bucket"], [None]))
             starts = run_starts(users)
-            visits = offsets_of(visits_per_user(starts, in_range(times, self.range), self.per_visit))
-            num_visits = np.diff(visits[np.searchsorted(starts, edges)]).tolist()
+            before = offsets_of(groups_per_user(starts, in_range(times, self.range), self.max_impressions_per_user))
+            num_groups = np.diff(before[np.searchsorted(starts, edges)]).tolist()
             group = first_group.get(entry["bucket"], -1)
-            for number, count in enumerate(num_visits):
+            for number, count in enumerate(num_groups):
                 numbered = group + number if group >= 0 else -1
                 groups.append(GroupRows(numbered, file, edges[number], edges[number + 1], count))
         return groups

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from elastic_rec.feature_store.batches.histories import Histories
-from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, padding_user
+from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, padding_histories
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store, first_users
 
@@ -42,7 +42,7 @@ class HistoryLookup:
         for place, user in enumerate(user_ids):
             if (group := self._group_of(user)) is not None:
                 wanted[group].append(place)
-        parts, source = [padding_user(self.columns)], np.zeros(len(user_ids), np.int64)
+        parts, source = [padding_histories(self.columns)], np.zeros(len(user_ids), np.int64)
         taken = 1
         for group, places in wanted.items():
             users, ids = self._decode(group)

@@ -119,8 +119,8 @@ def histories_after(
         place = int(back[0])
         raise ValueError(
             f"user {owner[place]} of the call: an event of {iso_time(int(times[place + 1]))} comes after one of "
-            f"{iso_time(int(times[place]))}. Give events oldest first, and none older than the state: for those, start from "
-            "the whole history"
+            f"{iso_time(int(times[place]))}. Give events oldest first, and none older than the state: for those, start "
+            "from the whole history"
         )
     full = {name: np.full(size, PAD, np.int64) for name in columns}
     for name, ids in columns.items():

@@ -79,7 +79,7 @@ def no_users(columns: list[str]) -> Users:
     return Users(empty, np.zeros(1, np.int64), empty, dict.fromkeys(columns, empty))
 
 
-def padding_user(columns: list[str]) -> Users:
+def padding_histories(columns: list[str]) -> Users:
     """One user without events, row -1: what a rank without users brings to a batch."""
     empty = np.zeros(0, np.int64)
     return Users(np.full(1, -1, np.int64), np.zeros(2, np.int64), empty, dict.fromkeys(columns, empty))

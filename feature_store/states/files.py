@@ -5,8 +5,9 @@
 One folder per model (its fingerprint) and storage type, one file per bucket of the store, its users in the bucket's
 order. A file is written aside and renamed: that rename says that the events are folded in, so what is folded twice
 after a crash is folded into the states as they were. Its metadata say which data file it reflects, by sha256, and which
-input files that data came from: states of a store that was rolled back and went on differently are told apart.
-They hold a CRC-32 of each row group's content, too, and one of themselves, so that no damage is folded in.
+input files that data came from: states of a store that was restored to
+an earlier version, and went on differently, are told apart. They hold a CRC-32 of each row group's content, too, and
+one of themselves, so that no damage is folded in.
 
 A state is bytes, all of one length; this room does not know what is in them.
 """
@@ -38,7 +39,7 @@ from elastic_rec.feature_store.utils.scratch import scratch_folder
 VERSION = 2
 ABOUT = b"elastic-rec-states"
 CHECK = b"elastic-rec-states-crc32"
-CLOCK = ["time", "num_events", "num_at_time"]
+WATERMARK = ["time", "num_events", "num_at_time"]
 STATE = "state"
 
 
@@ -47,7 +48,7 @@ class DamagedStates(DataError):
 
 
 @dataclass(frozen=True)
-class Clocks:
+class Watermarks:
     """Up to where users are folded in, (U,) int64 each: time of the newest event, in the store's unit; how many events
     are folded in; how many of them at that very time, which tells an event that came later from one that came late."""
 
@@ -55,17 +56,17 @@ class Clocks:
     num_events: np.ndarray
     num_at_time: np.ndarray
 
-    def take(self, rows: np.ndarray) -> Clocks:
-        """Rows in any order; -1 gives the clock of a user of whom nothing is folded in: all zeros."""
-        return Clocks(*(np.append(values, 0)[rows] for values in astuple(self)))
+    def take(self, rows: np.ndarray) -> Watermarks:
+        """Rows in any order; -1 gives the watermark of a user of whom nothing is folded in: all zeros."""
+        return Watermarks(*(np.append(values, 0)[rows] for values in astuple(self)))
 
     @staticmethod
-    def concat(clocks: list[Clocks]) -> Clocks:
-        return Clocks(*map(np.concatenate, zip(*map(astuple, clocks), strict=True)))
+    def concat(watermarks: list[Watermarks]) -> Watermarks:
+        return Watermarks(*map(np.concatenate, zip(*map(astuple, watermarks), strict=True)))
 
 
 class StateFile:
-    """The states of one bucket: users and clocks once read stay in memory, states are read as they are asked for.
+    """The states of one bucket: users and watermarks once read stay in memory, states are read as they are asked for.
     DamagedStates where what is read is not what was written."""
 
     def __init__(self, path: Location) -> None:
@@ -91,7 +92,7 @@ class StateFile:
         return self._users[0]
 
     @property
-    def clocks(self) -> Clocks:
+    def watermarks(self) -> Watermarks:
         return self._users[1]
 
     def find(self, user_ids: pa.Array) -> np.ndarray:
@@ -114,14 +115,14 @@ class StateFile:
             self._group(group)
 
     @cached_property
-    def _users(self) -> tuple[pa.Array, Clocks]:
-        table = self._read(list(range(len(self.about["group_users"]))), [USER, *CLOCK])
-        ids, arrays = one_array(table[USER]), [table[name].to_numpy() for name in CLOCK]
+    def _users(self) -> tuple[pa.Array, Watermarks]:
+        table = self._read(list(range(len(self.about["group_users"]))), [USER, *WATERMARK])
+        ids, arrays = one_array(table[USER]), [table[name].to_numpy() for name in WATERMARK]
         for group, expected in enumerate(self.about["crc32_users"]):
             users = slice(self._edges[group], self._edges[group + 1])
-            found = _crc_users(ids[users], Clocks(*(values[users] for values in arrays)))
+            found = _crc_users(ids[users], Watermarks(*(values[users] for values in arrays)))
             self._check(f"users of row group {group}", found, expected)
-        return ids, Clocks(*arrays)
+        return ids, Watermarks(*arrays)
 
     def _group(self, group: int) -> np.ndarray:
         if self._decoded[0] != group:
@@ -162,11 +163,11 @@ class StateWriter:
             self._schema,
             compression="zstd",
             use_dictionary=[],
-            write_statistics=[USER, *CLOCK],
+            write_statistics=[USER, *WATERMARK],
             write_page_checksum=True,
         )
 
-    def add(self, user_ids: pa.Array, clocks: Clocks, states_US: np.ndarray) -> None:
+    def add(self, user_ids: pa.Array, watermarks: Watermarks, states_US: np.ndarray) -> None:
         """The next users of the bucket, in its order; a row group of their own."""
         if not len(user_ids):
             return
@@ -174,10 +175,10 @@ class StateWriter:
         states = pa.FixedSizeBinaryArray.from_buffers(
             self._schema.field(STATE).type, len(user_ids), [None, pa.py_buffer(content)]
         )
-        columns = [user_ids, *map(pa.array, astuple(clocks)), states]
+        columns = [user_ids, *map(pa.array, astuple(watermarks)), states]
         self._writer.write_table(pa.table(columns, schema=self._schema), row_group_size=len(user_ids))
         self._about["group_users"].append(len(user_ids))
-        self._about["crc32_users"].append(_crc_users(user_ids, clocks))
+        self._about["crc32_users"].append(_crc_users(user_ids, watermarks))
         self._about["crc32_states"].append(zlib.crc32(content))
 
     def commit(self) -> None:
@@ -260,7 +261,7 @@ def _digest(inputs: list[str]) -> str:
 
 
 def _schema(user_type: pa.DataType, state_bytes: int) -> pa.Schema:
-    types = {USER: user_type, **dict.fromkeys(CLOCK, pa.int64()), STATE: pa.binary(state_bytes)}
+    types = {USER: user_type, **dict.fromkeys(WATERMARK, pa.int64()), STATE: pa.binary(state_bytes)}
     return pa.schema([pa.field(name, type, nullable=False) for name, type in types.items()])
 
 
@@ -268,10 +269,10 @@ def _crc(text: bytes) -> bytes:
     return str(zlib.crc32(text)).encode()
 
 
-def _crc_users(user_ids: pa.Array, clocks: Clocks) -> int:
-    """CRC-32 of users and their clocks, whatever arrays they are slices of."""
+def _crc_users(user_ids: pa.Array, watermarks: Watermarks) -> int:
+    """CRC-32 of users and their watermarks, whatever arrays they are slices of."""
     crc = zlib.crc32(user_ids.to_numpy() if pa.types.is_int64(user_ids.type) else _text_of(user_ids))
-    for values in astuple(clocks):
+    for values in astuple(watermarks):
         crc = zlib.crc32(np.ascontiguousarray(values), crc)
     return crc
 

@@ -4,7 +4,7 @@
     no state           | a b c            a new user: first = 0
     x is late      a b x c | d            fold: a b c | x d, x given c's time;   reencode: | a b x c d, from no state
 
-Row groups whose users' clocks add up to all their events have nothing new; of them only user ids are read. In the
+Row groups whose users' watermarks add up to all their events have nothing new; of them only user ids are read. In the
 others whole leaves are decoded, Parquet offering no way into the middle of a list: what is saved there is the model's
 work, not the reading. `Increments.counts` says how much was read.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from elastic_rec.feature_store.batches.histories import Histories
-from elastic_rec.feature_store.states.files import Clocks, DamagedStates, StateFile
+from elastic_rec.feature_store.states.files import DamagedStates, StateFile, Watermarks
 from elastic_rec.feature_store.states.late_events import added_events
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.manifest import check_digest
@@ -44,14 +44,14 @@ class LateEvents(Enum):
 class Span:
     """Consecutive users of a bucket, (U,), and the histories (T,) of those that are active: the others have none here.
 
-    state_row_U: row in the bucket's StateFile to go on from, -1: from no events. clocks: after this span's events.
+    state_row_U: row in the bucket's StateFile to go on from, -1: from no events. watermarks: after this span's events.
     first_U: events of a history that the state holds. active_U: with new events, or to be scored again.
     """
 
     user_ids: pa.Array
     row_U: np.ndarray
     state_row_U: np.ndarray
-    clocks: Clocks
+    watermarks: Watermarks
     first_U: np.ndarray
     active_U: np.ndarray
     offsets: np.ndarray
@@ -74,7 +74,7 @@ class Span:
             self.user_ids[start:stop],
             self.row_U[start:stop],
             self.state_row_U[start:stop],
-            self.clocks.take(np.arange(start, stop)),
+            self.watermarks.take(np.arange(start, stop)),
             self.first_U[start:stop],
             self.active_U[start:stop],
             self.offsets[start : stop + 1] - self.offsets[start],
@@ -92,7 +92,7 @@ class Span:
         }
         return Span(
             user_ids=pa.concat_arrays([span.user_ids for span in spans]),
-            clocks=Clocks.concat([span.clocks for span in spans]),
+            watermarks=Watermarks.concat([span.watermarks for span in spans]),
             offsets=offsets_of(np.concatenate([np.diff(span.offsets) for span in spans])),
             columns={name: np.concatenate([s.columns[name] for s in spans]) for name in spans[0].columns},
             **joined,
@@ -152,8 +152,8 @@ class Increments:
         for group in self._groups():
             at = 0
             while at < len(group):
-                ahead = np.cumsum(group.active_U[at:])
-                fitting = int(np.searchsorted(ahead, self.batch_size - active, side="right"))
+                num_active = np.cumsum(group.active_U[at:])
+                fitting = int(np.searchsorted(num_active, self.batch_size - active, side="right"))
                 stop = at + min(fitting, SPAN * self.batch_size - users)
                 pending.append(group.slice(at, stop))
                 users, active = users + stop - at, active + int(group.active_U[at:stop].sum())
@@ -177,21 +177,25 @@ class Increments:
         self, group: int, num_events: int, user_ids: pa.Array, row_U: np.ndarray, state_row_U: np.ndarray
     ) -> Span:
         num_users, is_known = len(row_U), state_row_U >= 0
-        clocks = self.states.clocks.take(state_row_U) if self.states else Clocks(*[np.zeros(num_users, np.int64)] * 3)
+        watermarks = (
+            self.states.watermarks.take(state_row_U)
+            if self.states
+            else Watermarks(*[np.zeros(num_users, np.int64)] * 3)
+        )
         self.counts["users"] += num_users
         self.counts["new_users"] += num_users - int(is_known.sum())
-        if is_known.all() and clocks.num_events.sum() == num_events:
-            return self._quiet(group, user_ids, row_U, state_row_U, clocks)
+        if is_known.all() and watermarks.num_events.sum() == num_events:
+            return self._quiet(group, user_ids, row_U, state_row_U, watermarks)
         events = self._decode(group, num_users)
-        first_U, late_U = self._place(events, clocks, is_known)
-        after = _clocks_at_end(events)
+        first_U, late_U = self._place(events, watermarks, is_known)
+        after = _watermarks_at_end(events)
         self.counts["late_users"] += int((late_U > 0).sum())
         self.counts["late_events"] += int(late_U.sum())
         if late_U.any():
             again_U = late_U > 0
             if self.late_events is LateEvents.fold and self._folded_file is not None:
-                events = self._fold_late(events, user_ids, clocks, first_U, again_U)
-                first_U, again_U = np.where(again_U, clocks.num_events, first_U), np.zeros_like(again_U)
+                events = self._fold_late(events, user_ids, watermarks, first_U, again_U)
+                first_U, again_U = np.where(again_U, watermarks.num_events, first_U), np.zeros_like(again_U)
             first_U, state_row_U = np.where(again_U, 0, first_U), np.where(again_U, -1, state_row_U)
             self.counts["reencoded_users"] += int(again_U.sum())
         new_U = np.diff(events.offsets) - first_U
@@ -202,7 +206,7 @@ class Increments:
 
     @cached_property
     def _folded_file(self) -> Location | None:
-        """The data file that the states reflect; None where a compaction deleted it, or it is not as it was."""
+        """The data file that the states reflect; None where a vacuum deleted it, or it is not as it was."""
         path, digest = self.states.about["path"], self.states.about["data"]
         if not DATA_FILE.fullmatch(path) or not (self.store.path / path).is_file():
             return None
@@ -212,7 +216,7 @@ class Increments:
             return None
         return self.store.path / path
 
-    def _quiet(self, group: int, user_ids, row_U: np.ndarray, state_row_U: np.ndarray, clocks: Clocks) -> Span:
+    def _quiet(self, group: int, user_ids, row_U: np.ndarray, state_row_U: np.ndarray, watermarks: Watermarks) -> Span:
         """No new events. To score these users again takes their items, which are not to be recommended."""
         active_U = np.full(len(row_U), self.rescore)
         if self.rescore:
@@ -220,17 +224,19 @@ class Increments:
         else:
             nothing = np.zeros(0, np.int64)
             events = _Group(np.zeros(len(row_U) + 1, np.int64), nothing, dict.fromkeys(self.columns, nothing), None)
-        return self._span(user_ids, row_U, state_row_U, clocks, clocks.num_events, active_U, events)
+        return self._span(user_ids, row_U, state_row_U, watermarks, watermarks.num_events, active_U, events)
 
-    def _place(self, events: _Group, clocks: Clocks, is_known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _place(self, events: _Group, watermarks: Watermarks, is_known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(U,) each: where in a history the new events begin, and how many before that are late."""
         owner_T, num_users = events.owner_T, len(is_known)
-        before_U = np.bincount(owner_T[events.time_T < clocks.time[owner_T]], minlength=num_users)
-        at_U = clocks.num_at_time
-        if self.has_event_ids:  # one of the clock's own time may stand before one that is folded in: all count as late
-            at_U = np.bincount(owner_T[events.time_T == clocks.time[owner_T]], minlength=num_users)
+        before_U = np.bincount(owner_T[events.time_T < watermarks.time[owner_T]], minlength=num_users)
+        at_U = watermarks.num_at_time
+        if (
+            self.has_event_ids
+        ):  # one of the watermark's own time may stand before one that is folded in: all count as late
+            at_U = np.bincount(owner_T[events.time_T == watermarks.time[owner_T]], minlength=num_users)
         first_U = np.where(is_known, before_U + at_U, 0)
-        late_U = np.where(is_known, first_U - clocks.num_events, 0)
+        late_U = np.where(is_known, first_U - watermarks.num_events, 0)
         if (late_U < 0).any():
             raise DamagedStates(
                 f"{self.states.path}: {int((late_U < 0).sum())} users have more events folded in than "
@@ -239,9 +245,9 @@ class Increments:
         return first_U, late_U
 
     def _fold_late(
-        self, events: _Group, user_ids: pa.Array, clocks: Clocks, first_U: np.ndarray, late_U: np.ndarray
+        self, events: _Group, user_ids: pa.Array, watermarks: Watermarks, first_U: np.ndarray, late_U: np.ndarray
     ) -> _Group:
-        """Late events moved behind the folded ones, as if they had come at the clock's time."""
+        """Late events moved to after the folded ones, as if they had come at the watermark's time."""
         owner_T, kind_T = events.owner_T, np.where(events.place_T < first_U[events.owner_T], _FOLDED, _NEW)
         of_late_T = late_U[owner_T]
         ids_T = events.event_id_T
@@ -255,19 +261,19 @@ class Increments:
         in_T = np.zeros(len(kind_T), bool)
         in_T[of_late_T] = added_T
         kind_T[in_T & (kind_T == _FOLDED)] = _LATE
-        time_T = np.where(kind_T == _LATE, clocks.time[owner_T], events.time_T)
+        time_T = np.where(kind_T == _LATE, watermarks.time[owner_T], events.time_T)
         order = np.lexsort((kind_T, owner_T))  # stable: the order in time within a kind
         columns = {name: values[order] for name, values in events.columns.items()}
         return replace(events, time_T=time_T[order], columns=columns, event_id_T=None)
 
-    def _span(self, user_ids, row_U, state_row_U, clocks, first_U, active_U, events: _Group) -> Span:
+    def _span(self, user_ids, row_U, state_row_U, watermarks, first_U, active_U, events: _Group) -> Span:
         """Drops the events of users who are not active."""
         lengths = np.where(active_U, np.diff(events.offsets), 0)
         keep = span_indices(events.offsets[:-1], lengths)
         time_T = events.time_T[keep] // UNITS_PER_SECOND[self.store.time_unit]
         columns = {name: values[keep] for name, values in events.columns.items()}
         offsets = offsets_of(lengths)
-        return Span(user_ids, row_U, state_row_U, clocks, first_U, active_U, offsets, time_T, columns)
+        return Span(user_ids, row_U, state_row_U, watermarks, first_U, active_U, offsets, time_T, columns)
 
     def _decode(self, group: int, num_users: int, *, items_only: bool = False) -> _Group:
         """The leaves of a row group; items_only: the others are zeros."""
@@ -293,9 +299,9 @@ class Increments:
         return read_row_groups(self._parquet, groups, leaves, self.file.path)
 
 
-def _clocks_at_end(events: _Group) -> Clocks:
+def _watermarks_at_end(events: _Group) -> Watermarks:
     last_U = events.time_T[events.offsets[1:] - 1]
     is_last_T = events.time_T == last_U[events.owner_T]
-    return Clocks(
+    return Watermarks(
         last_U, np.diff(events.offsets), np.bincount(events.owner_T[is_last_T], minlength=len(last_U)).astype(np.int64)
     )

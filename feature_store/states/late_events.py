@@ -3,8 +3,8 @@
     before    a  b  c     d            stored when the state was made
     now       a  b  c  x  d  e  f      x came late; e and f are new
 
-A clock alone only says how many there are. Which ones is told by the data file the state was made from, which stands
-on disk until a compaction deletes it.
+A watermark alone only says how many there are. Which ones is told by the data file the state was made from, which
+stands on disk until a vacuum deletes it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def added_events(
     old = np.sort(key[:num_old])
     now = key[num_old:]
     order = np.argsort(now, kind="stable")
-    rank = np.empty(len(now), np.int64)  # the how manieth of equal events it is
+    rank = np.empty(len(now), np.int64)  # an event's index among equal events, 0 for the first
     rank[order] = np.arange(len(now)) - np.searchsorted(now[order], now[order], side="left")
     return rank >= np.searchsorted(old, now, side="right") - np.searchsorted(old, now, side="left")
 
@@ -54,7 +54,9 @@ def _read_users(
     users = one_array(read_row_groups(file, groups, [USER], path)[USER])
     row_U = np.asarray(pc.fill_null(pc.index_in(user_ids, value_set=users), -1)).astype(np.int64)
     if (row_U < 0).any():
-        raise DataError(f"{path}: lacks users whose states were made from it; remove the states, they are made anew")
+        raise DataError(
+            f"{path}: lacks users whose states were made from it; remove the states, then all users are encoded again"
+        )
     needed = np.unique(np.searchsorted(edges, row_U, side="right") - 1)
     leaves = [leaf_path(TIMESTAMP), *([leaf_path(EVENT_ID)] if with_ids else [])]
     lists = read_row_groups(file, needed.tolist(), leaves, path)[EVENTS]

@@ -1,4 +1,4 @@
-"""Work done ahead of its consumer, in background threads, in order and bounded."""
+"""Work done before its consumer asks for it, in background threads, in order and bounded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
+def prefetch(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int) -> Iterator[Result]:
     """work(item) for each item, in order. While one result is in use, the next `workers` are made or kept ready by as
     many threads; 0: no threads, each is made when it is asked for. Errors surface where their result would.
 

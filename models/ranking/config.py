@@ -50,13 +50,13 @@ class RankingConfig:
             "help": "weight of log(1 + e^(negative - positive)) over pairs of an impression; 0: cross entropy only"
         },
     )
-    per_visit: int = field(
-        default=16, metadata={"help": "impressions of a user that share a pass over his history, at most"}
+    max_impressions_per_user: int = field(
+        default=16, metadata={"help": "impressions of a user that share one pass over the user's history, at most"}
     )
 
     def __post_init__(self) -> None:
         self.history, self.sharing = History(self.history), Sharing(self.sharing)
-        for name in ("last_n", "top_k", "cross_layers", "cross_rank", "mmoe_experts", "per_visit"):
+        for name in ("last_n", "top_k", "cross_layers", "cross_rank", "mmoe_experts", "max_impressions_per_user"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ranking.{name}={getattr(self, name)}: set it to 1 or more")
         if not self.hidden or min(self.hidden) < 1:

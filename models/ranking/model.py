@@ -1,6 +1,7 @@
 """Ranking: candidates shown to a user at a moment, scored for each label (click, like, ...).
 
-Legend: B visits, T their events end to end, I impressions, C candidates of all impressions, L labels, D width,
+Legend: B impression groups, T their events end to end, I impressions, C candidates of all impressions, L labels,
+D width,
 V vectors per candidate, X = V*D, S heads.
 
     features -> EmbeddingCollection (sharded) -> events (T, D), candidates (C, D)
@@ -13,7 +14,7 @@ averaged. The tower has two, all it read and the moments alone: in one head the 
 
 The batch (feature_store's ImpressionBatch, with one empty bag behind item_context) is taken by its fields. A user's
 events are embedded and encoded once, however many impressions and candidates he has in the batch. `RankingModel` owns
-sharded tables, so TorchRec traces its forward: sub-module calls only.
+sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class RankingLoss(nn.Module):
 
 def pair_loss(logits_CL: torch.Tensor, batch) -> torch.Tensor:
     """(L,). Work is the sum over impressions of candidates squared."""
-    impression_C, num = batch.impression, batch.visit.numel()
+    impression_C, num = batch.impression, batch.group.numel()
     length_I = torch.bincount(impression_C, minlength=num)
     start_I = length_I.cumsum(0) - length_I
     first_P = torch.repeat_interleave(length_I[impression_C])

@@ -7,8 +7,7 @@ laid end to end, D width, C candidates.
 
 The batch (feature_store's PrefixBatch) is taken by its fields: features, times_s, starts, ends, targets, weights,
 log_q, normaliser, query_gap_s, window. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only
-calls sub-modules, and the tensor code stands in the small modules above it. A sharded lookup is waited for where it is
-first indexed.
+calls sub-modules and functions under `torch.fx.wrap`. A sharded lookup is waited for where it is first indexed.
 """
 
 from __future__ import annotations
@@ -68,18 +67,17 @@ class Prefixes(NamedTuple):
     times_s_P: torch.Tensor
 
 
-class PrefixGather(nn.Module):
+@torch.fx.wrap
+def gather_prefixes(
+    events_TD: torch.Tensor, times_s_T: torch.Tensor, starts_R: torch.Tensor, ends_R: torch.Tensor
+) -> Prefixes:
     """Cut prefixes out of the shared T axis. Waits once for the device, to learn P."""
-
-    def forward(
-        self, events_TD: torch.Tensor, times_s_T: torch.Tensor, starts_R: torch.Tensor, ends_R: torch.Tensor
-    ) -> Prefixes:
-        lengths_R = ends_R - starts_R
-        offsets_R1 = torch.cat([lengths_R.new_zeros(1), lengths_R.cumsum(0)])
-        num_tokens = int(offsets_R1[-1])
-        shift_P = torch.repeat_interleave(starts_R - offsets_R1[:-1], lengths_R, output_size=num_tokens)
-        index_P = torch.arange(num_tokens, device=shift_P.device) + shift_P
-        return Prefixes(events_TD.index_select(0, index_P), offsets_R1, times_s_T.index_select(0, index_P))
+    lengths_R = ends_R - starts_R
+    offsets_R1 = torch.cat([lengths_R.new_zeros(1), lengths_R.cumsum(0)])
+    num_tokens = int(offsets_R1[-1])
+    shift_P = torch.repeat_interleave(starts_R - offsets_R1[:-1], lengths_R, output_size=num_tokens)
+    index_P = torch.arange(num_tokens, device=shift_P.device) + shift_P
+    return Prefixes(events_TD.index_select(0, index_P), offsets_R1, times_s_T.index_select(0, index_P))
 
 
 class QueryTime(nn.Module):
@@ -150,7 +148,7 @@ class RetrievalModel(nn.Module):
     score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
-    every_position: train on a target behind every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
+    every_position: train on a target after every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
         causal towers only.
     windows: histories come in windows (batch.window), and forward or query must be called with all of them in order;
         the last query is the users'. Causal only.
@@ -178,8 +176,8 @@ class RetrievalModel(nn.Module):
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
         if every_position and tower.attention is Attention.bidirectional:
             raise ValueError(
-                "a target behind every event (data.cuts=0) with model.attention=bidirectional trains on the answer: "
-                "set model.attention=causal, or data.cuts=4"
+                "data.targets=every_event with model.attention=bidirectional trains on the answer: set "
+                "model.attention=causal, or data.targets=sampled"
             )
         if windows and tower.attention is not Attention.causal:
             raise ValueError(
@@ -207,7 +205,6 @@ class RetrievalModel(nn.Module):
                 f"model.moments = {tower.moments}: candidates read them, in task=ranking; set it to 0 here"
             )
         self.events = EventEncoder(names, tower.width, tower.dropout)
-        self.prefixes = PrefixGather()
         self.windows, self.autocast = windows, autocast
         if windows:
             self.tower = WindowedTower(tower, memory, device=device)
@@ -235,7 +232,7 @@ class RetrievalModel(nn.Module):
         """Causal only. The batch's events are those since `state`: (the tower's output after them, the next states)."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
-            tokens = self.prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
+            tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
             return self.tower.step(*tokens, state, every=False)
 
     def ask(self, output: TowerOutput | CausalOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
@@ -250,7 +247,7 @@ class RetrievalModel(nn.Module):
 
     def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
         events_TD = self.events(embedded)
-        prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
+        prefixes = gather_prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
         every = self.head.every_position and self.training  # else the tower may leave out all but the newest events
         which = (batch.window,) if self.windows else ()
         return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every, *which)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from elastic_rec.feature_store.batches.splits import ImpressionSplit, SplitConfig
+from elastic_rec.feature_store.batches.splits import ImpressionSplit, SplitConfig, Targets
 from elastic_rec.feature_store.datasets import DatasetConfig
 from elastic_rec.feature_store.ingestion.create import IngestConfig
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
@@ -24,26 +24,30 @@ class Seen(StrEnum):
 @dataclass
 class DataConfig:
     store: str = field(default="", metadata={"help": "folder of the history store that ingest writes and others read"})
-    generation: int | None = field(
+    version: int | None = field(
         default=None,
-        metadata={"help": "generation of the store to read; none: the newest, to which a run keeps"},
+        metadata={"help": "version of the store to read; none: the newest, to which a run keeps"},
     )
     columns: list[str] = field(
         default_factory=list, metadata={"help": "event columns to embed beside the item, e.g. [action]"}
     )
     max_history: int = field(default=200, metadata={"help": "newest events of a prefix that reach the model"})
-    cuts: int = field(
-        default=0,
+    targets: Targets = field(
+        default=Targets.every_event,
         metadata={
-            "help": "0: a target behind every event (model.attention=causal or full); else prefixes drawn per user and "
-            "step, each with its target, all that model.attention=bidirectional can be trained on"
+            "help": "every_event: train on a target after every event (model.attention=causal or full). sampled: on "
+            "prefixes drawn per user and step, each with its target; model.attention=bidirectional needs it"
         },
+    )
+    prefixes_per_user: int = field(
+        default=4, metadata={"help": "targets=sampled: prefixes drawn per user and step, each with its target"}
     )
     window: int = field(
         default=0,
         metadata={
             "help": "read a history in windows of so many events that carry the user's state, an optimiser step per "
-            "window: memory is bounded by it, whatever max_history is; cuts=0 and causal only. 0: in one pass"
+            "window: memory is bounded by it, whatever max_history is; targets=every_event and causal only. 0: in one "
+            "pass"
         },
     )
     seen: Seen = field(
@@ -69,16 +73,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self.seen = Seen(self.seen)
-        if self.max_history < 1 or self.cuts < 0:
-            raise ValueError(
-                f"data.max_history={self.max_history}, data.cuts={self.cuts}: set at least 1 and at least 0"
-            )
+        self.targets = Targets(self.targets)
+        for name in ("max_history", "prefixes_per_user"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)}: set at least 1")
         if self.window < 0:
             raise ValueError(f"data.window={self.window}: set events per window, or 0 to read histories in one pass")
-        if self.window and self.cuts:
+        if self.window and self.targets is Targets.sampled:
             raise ValueError(
-                f"data.window={self.window} with data.cuts={self.cuts}: a window has a target behind every event, "
-                "set data.cuts=0, or data.window=0"
+                f"data.window={self.window} with data.targets=sampled: a window has a target after every event, "
+                "set data.targets=every_event, or data.window=0"
             )
 
 
@@ -101,7 +105,7 @@ class IngestVerbConfig:
 @dataclass
 class DescribeConfig:
     store: str = field(default="", metadata={"help": "history store to describe"})
-    generation: int | None = field(default=None, metadata={"help": "generation to describe; none: the current one"})
+    version: int | None = field(default=None, metadata={"help": "version to describe; none: the current one"})
     out: str = field(default="", metadata={"help": "HTML file to write; empty: STORE.html, beside a local store"})
     max_history: list[int] = field(
         default_factory=lambda: [50, 200, 1000],

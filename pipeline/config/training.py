@@ -87,7 +87,7 @@ class LossConfig:
 @dataclass
 class RunConfig:
     dir: str = field(default="runs/default", metadata={"help": "run folder: config, plan, checkpoints, metrics"})
-    seed: int = field(default=0, metadata={"help": "seed of weights, order, cuts and dropout"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, order, training targets and dropout"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest complete checkpoint, if there is one"})
     checkpoint_every: int = field(
         default=0, metadata={"help": "also write a checkpoint every so many steps; 0: at the end of each epoch only"}

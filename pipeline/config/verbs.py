@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from functools import partial
 
+from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.ingestion.create import TimeUnit
 from elastic_rec.feature_store.states.increments import LateEvents
 from elastic_rec.models.ranking.config import RankingConfig
@@ -55,10 +56,11 @@ class TrainConfig:
         if self.model.attention is Attention.full and self.memory.enabled:
             raise ValueError("model.attention=full (SASRec) has no interest memory: set memory=off")
         self.task = Task(self.task)
-        if self.task is Task.next_item and self.data.cuts == 0 and self.model.attention is Attention.bidirectional:
+        every_event = self.task is Task.next_item and self.data.targets is Targets.every_event
+        if every_event and self.model.attention is Attention.bidirectional:
             raise ValueError(
-                f"data.cuts=0 (a target behind every event) with model.attention={self.model.attention.value} "
-                "would train on the answer: set model.attention=causal, or data.cuts=4"
+                f"data.targets=every_event with model.attention={self.model.attention.value} would train on the "
+                "answer: set model.attention=causal, or data.targets=sampled"
             )
 
 
@@ -70,8 +72,8 @@ class EvaluateConfig:
         default="",
         metadata={"help": "another history store with the run's ids, or those and newer ones; empty: the run's own"},
     )
-    generation: int | None = field(
-        default=None, metadata={"help": "generation of the store; none: the run's, of another store the newest"}
+    version: int | None = field(
+        default=None, metadata={"help": "version of the store; none: the run's, of another store the newest"}
     )
     seen: Seen | None = field(
         default=None, metadata={"help": "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy"}
@@ -133,7 +135,7 @@ class ScoreConfig:
     checkpoint: str = field(default="best", metadata={"help": "best, last, or a step number"})
     store: str = field(
         default="",
-        metadata={"help": "history store to score, its newest generation; empty: the one the model was trained on"},
+        metadata={"help": "history store to score, its newest version; empty: the one the model was trained on"},
     )
     k: int = field(default=10, metadata={"help": "items per user"})
     seen: Seen | None = field(

@@ -25,6 +25,6 @@ def _check_same_store(task: AnyTask) -> None:
     hashes = task.world.of_all(mine)
     if len(set(hashes)) > 1:
         raise DataError(
-            f"{task.store.path}: changed while it was opened, rank 0 has generation hash {hashes[0][:12]} and another "
+            f"{task.store.path}: changed while it was opened, rank 0 has version hash {hashes[0][:12]} and another "
             f"rank {next(other for other in hashes if other != hashes[0])[:12]}; run again"
         )

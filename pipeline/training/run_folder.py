@@ -44,8 +44,9 @@ from elastic_rec.pipeline.training.optimizers import attach_table_optimisers
 
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (
-    "task", "model.", "memory.", "loss.", "ranking.", "data.columns", "data.max_history", "data.cuts", "data.window",
-    "data.seen", "data.split.", "data.impression_split.", "optim.global_batch_size", "run.seed", "run.precision",
+    "task", "model.", "memory.", "loss.", "ranking.", "data.columns", "data.max_history", "data.targets",
+    "data.prefixes_per_user", "data.window", "data.seen", "data.split.", "data.impression_split.",
+    "optim.global_batch_size", "run.seed", "run.precision",
 )  # fmt: skip
 
 
@@ -53,13 +54,13 @@ SHAPE = ("task", "model.", "memory.", "ranking.", "data.columns")
 CONFIG, TABLES = "config.yaml", "tables.json"
 
 
-def keep_generation(config: TrainConfig) -> None:
+def keep_version(config: TrainConfig) -> None:
     """Let a resumed run read the store as it was when the run began, whatever has been appended since, and keep what
     data.seen=auto came to."""
     if config.run.resume and (Path(config.run.dir) / CONFIG).exists():
         was = read_config(config.run.dir).data
-        if config.data.generation is None:
-            config.data.generation = was.generation
+        if config.data.version is None:
+            config.data.version = was.version
         if config.data.seen is Seen.auto:
             config.data.seen = was.seen
 
@@ -110,7 +111,7 @@ def _describe(config: TrainConfig, task: AnyTask) -> None:
     write_checked(run_dir / TABLES, {"rows": task.rows, "ids": digests, "store": task.store.manifest["hash"]})
     saved = OmegaConf.structured(config)
     # Evaluate and score may be started from elsewhere, and after more days were appended.
-    saved.data.store, saved.data.generation = str(task.store.path.resolve()), task.store.generation
+    saved.data.store, saved.data.version = str(task.store.path.resolve()), task.store.version
     write_signed(run_dir / CONFIG, OmegaConf.to_yaml(saved, resolve=True))
 
 
@@ -159,7 +160,7 @@ def load_model(
 ) -> tuple[AnyTask, nn.Module, int]:
     """Rebuild a run's model on this world and load a checkpoint: "best", "last" or a step number.
 
-    store: another than the run's, or the run's in its newest generation. config: the run's, with changes to what does
+    store: another than the run's, or the run's in its newest version. config: the run's, with changes to what does
     not shape the model. check: called with the task before anything is built. Returns (task, unwrapped sharded model
     in eval mode, step). Raises NonFiniteError for weights that are no numbers.
     """

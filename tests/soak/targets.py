@@ -114,5 +114,5 @@ def _page(out: Path) -> str:
 
 
 def _hash(store: Path) -> str:
-    """It covers every file that the current generation names."""
+    """It covers every file that the current version names."""
     return json.loads((store / "manifest.json").read_text())["hash"]

@@ -32,7 +32,7 @@ def add_day(store: Store, folder: Path, *, seed: int = 9) -> Store:
 
 
 def full_store(folder: Path, **settings) -> Store:
-    """Two generations, impressions, and states."""
+    """Two versions, impressions, and states."""
     store = make_store(folder, random_events(300), context_columns=["action"], num_buckets=2, **settings)
     add_impressions(store, folder)
     store = add_day(store, folder)

@@ -194,10 +194,10 @@ class Fingerprint:
     """Hash of a tower's configuration and dense weights, computed again only after a weight was written to."""
 
     def __init__(self, tower: nn.Module):
-        self.tower, self.key, self.value = [tower], None, ""  # in a list: else the tower would hold itself as a child
+        self.tower, self.key, self.value = tower, None, ""
 
     def __call__(self) -> str:
-        tower = self.tower[0]
+        tower = self.tower
         dense = [(name, p) for name, p in tower.named_parameters() if not name.startswith("memory.bank.")]
         key = tuple((p.data_ptr(), p._version) for _, p in dense)
         if key != self.key:

@@ -32,11 +32,10 @@ class TowerOutput(NamedTuple):
     tokens = None
 
 
-class Tiler(nn.Module):
-    """The one place where a batch's layout is made; a module because the tower's forward is traced."""
-
-    def forward(self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor) -> TileLayout:
-        return TileLayout.build(offsets_B1, tokens_TD.shape[0])
+@torch.fx.wrap
+def tile(tokens_TD: torch.Tensor, offsets_B1: torch.Tensor) -> TileLayout:
+    """The one place where a batch's layout is made."""
+    return TileLayout.build(offsets_B1, tokens_TD.shape[0])
 
 
 class Summary(nn.Module):
@@ -62,7 +61,6 @@ class ElasticTower(nn.Module):
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
-        self.tiler = Tiler()
         self.recency = Recency(config)
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else Seeds(config)
@@ -74,9 +72,9 @@ class ElasticTower(nn.Module):
     ) -> TowerOutput:
         if every:
             raise ValueError("an output at every event would see later ones: set tower attention = causal")
-        layout = self.tiler(tokens_TD, offsets_B1)
+        layout = tile(tokens_TD, offsets_B1)
         tokens_TD = self.recency(tokens_TD, times_s_T, layout)
-        experts_BKD = self.seeds(layout) if self.memory is None else self.memory(tokens_TD, layout)
+        experts_BKD = self.seeds(layout.num_users) if self.memory is None else self.memory(tokens_TD, layout)
         return self.summary(self.stack(tokens_TD, experts_BKD, layout))
 
 

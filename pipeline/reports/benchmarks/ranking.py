@@ -100,7 +100,7 @@ def _tower_call(config: BenchmarkConfig, history: CausalHistory, candidates: int
     impression_C = one.expand(candidates)
 
     def call() -> torch.Tensor:
-        output = history.tower(tokens_TD, offsets_B1, times_s_T, one, offsets_B1[1:])
+        output = history.tower(tokens_TD, offsets_B1, times_s_T, readings=(one, offsets_B1[1:]))
         return history.read(output, candidates_CD, impression_C)
 
     return call

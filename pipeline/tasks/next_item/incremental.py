@@ -38,7 +38,7 @@ from elastic_rec.pipeline.config.verbs import ScoreConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.tasks.base import lockstep
 from elastic_rec.pipeline.tasks.next_item.evaluation import open_catalogue
-from elastic_rec.pipeline.tasks.next_item.scoring import asked_after, job_settings, query_time_s, recommend
+from elastic_rec.pipeline.tasks.next_item.scoring import job_settings, query_time_s, recommend, with_query_gap
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import ShardedCatalogue
 from elastic_rec.pipeline.tasks.next_item.task import NextItemTask
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
@@ -81,32 +81,34 @@ class Job:
     def fold(self, span: Span, states_US: np.ndarray) -> torch.Tensor:
         """Steps the active users' states over their new events, in place; their queries (A, D). Collective."""
         active_U, first_A = span.active_U, span.first_U[span.active_U]
-        histories, tower = self.task.known(span.histories), self.model.tower
+        histories, tower = self.task.mask_new_ids(span.histories), self.model.tower
         try:
             state = UserState.from_bytes(states_US[active_U], tower)
         except StateError as error:
             raise ConfigError(f"{self.folder.path}: {error}") from error
         if not np.array_equal(state.count_B.cpu().numpy(), first_A):
-            raise ConfigError(f"{self.folder.path}: clocks and states disagree on what is folded in; remove the folder")
+            raise ConfigError(
+                f"{self.folder.path}: watermarks and states disagree on what is folded in; remove the folder"
+            )
         query_AD, state = self._step(self.task.score_windows(histories, first_A), self._gaps(span), state)
         states_US[active_U] = state.to_bytes()
         return query_AD
 
     def take_part(self) -> torch.Tensor:
         """What a rank with nobody to score does while the others fold. Collective."""
-        windows = self.task.score_windows(self.task.nobody(), np.zeros(1, np.int64))
+        windows = self.task.score_windows(self.task.padding_histories(), np.zeros(1, np.int64))
         return self._step(windows, np.full(1, -1), self.model.tower.init_state(1, dtype=self.dtype))[0]
 
     def _step(self, windows, gap_s_A: np.ndarray, state: UserState) -> tuple[torch.Tensor, UserState]:
         with torch.no_grad():
-            for batch in asked_after(windows, gap_s_A):
+            for batch in with_query_gap(windows, gap_s_A):
                 query_AD, state = self.model.step(batch.to(self.task.world.device), state)
         return query_AD, state
 
     def _gaps(self, span: Span) -> np.ndarray:
         if self.asked_s is None:
             return np.full(int(span.active_U.sum()), -1)
-        return self.asked_s - span.clocks.time[span.active_U] // UNITS_PER_SECOND[self.task.store.time_unit]
+        return self.asked_s - span.watermarks.time[span.active_U] // UNITS_PER_SECOND[self.task.store.time_unit]
 
 
 class Bucket:
@@ -161,12 +163,12 @@ class Bucket:
         """Collective."""
         if span.active_U.any():
             query_AD = self.job.fold(span, states_US)
-            histories = self.job.task.known(span.histories)
+            histories = self.job.task.mask_new_ids(span.histories)
             self.tables.append(recommend(self.job.task, catalogue, query_AD, histories, self.job.config))
         else:
             sit_out(self.job, catalogue)
         if self.writer is not None:
-            self.writer.add(span.user_ids, span.clocks, states_US)
+            self.writer.add(span.user_ids, span.watermarks, states_US)
 
     def commit(self) -> None:
         """The part, then the states."""
@@ -190,12 +192,12 @@ def score_increment(task: NextItemTask, model: nn.Module, *, step: int, fingerpr
     with shared.scores.writing(numbers) as scores, shared.folder.writing() if world.is_main else nullcontext():
         dist.barrier()
         counts = _update_buckets(shared, open_catalogue(model, world))
-        about = {"k": config.k, "generation": task.store.generation, "query_time": shared.asked_s}
+        about = {"k": config.k, "generation": task.store.version, "query_time": shared.asked_s}
         rows = scores.close(numbers, unit="users", **about)
     return {
         "out": config.out,
         "states": str(shared.folder.path),
-        "generation": task.store.generation,
+        "version": task.store.version,
         **counts,
         "users": sum(rows.values()),
         "store_events": task.store.num_events,
@@ -230,4 +232,4 @@ def _update_buckets(shared: Job, catalogue: ShardedCatalogue) -> dict[str, int]:
 
 
 def sit_out(shared: Job, catalogue: ShardedCatalogue) -> None:
-    recommend(shared.task, catalogue, shared.take_part(), shared.task.nobody(), shared.config)
+    recommend(shared.task, catalogue, shared.take_part(), shared.task.padding_histories(), shared.config)

@@ -99,9 +99,9 @@ def _score_parts(
         users = iter(()) if mine is None else task.file_histories(mine, batch_size=config.batch_size)
         tables = []
         for item in lockstep(users, world):
-            histories = task.nobody() if item is None else item
+            histories = task.padding_histories() if item is None else item
             with torch.no_grad():
-                windows = asked_after(task.score_windows(histories), query_gaps(histories, asked_s))
+                windows = with_query_gap(task.score_windows(histories), query_gaps(histories, asked_s))
                 query_RD, _ = query_windows(model, windows, world.device)
             tables.append(recommend(task, catalogue, query_RD, histories, config))
         if mine is not None:
@@ -149,7 +149,7 @@ def query_gaps(histories: Histories, asked_s: int | None) -> np.ndarray:
     return gap_s_B
 
 
-def asked_after(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator[PrefixBatch]:
+def with_query_gap(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator[PrefixBatch]:
     for batch in windows:
         yield replace(batch, query_gap_s=torch.from_numpy(gap_s_B))
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from elastic_rec.feature_store.batches.examples import NUM_GAP_BUCKETS, make_prefix_batch
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.store import Store
@@ -43,8 +44,8 @@ class NextItemTask:
         """rows: of the tables of a trained run. A store that was appended to may have more ids: they are unknown."""
         self.config = config
         self.world = world
-        # A run's generation says nothing about another store.
-        self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
+        # A run's version says nothing about another store.
+        self.store = Store.open(store) if store else Store.open(config.data.store, version=config.data.version)
         self.columns = ["item", *config.data.columns]
         self.rows = rows or {name: self.store.vocabulary(name).size for name in self.columns}
         self.num_items = self.rows["item"]
@@ -61,7 +62,7 @@ class NextItemTask:
             tower=self.config.model,
             memory=self.config.memory,
             softmax=self.config.loss.softmax,
-            every_position=self.config.data.cuts == 0,
+            every_position=self.config.data.targets is Targets.every_event,
             windows=self.config.data.window > 0,
             max_history=self.config.data.max_history,
             autocast=autocast(self.config.run.precision, self.world.device),
@@ -84,7 +85,9 @@ class NextItemTask:
             for batch in self._batches(histories, "train", epoch=epoch, candidates=partial(candidates.at_step, step)):
                 if self.world.device.type == "cuda":
                     batch = batch.pin_memory()  # from there the copy to the device runs beside the step before
-                if self.config.data.cuts == 0:  # how many targets the global batch has is known to no rank alone
+                if (
+                    self.config.data.targets is Targets.every_event
+                ):  # how many targets the global batch has is known to no rank alone
                     total = batch.normaliser.to(self.world.device)
                     dist.all_reduce(total)
                     batch.normaliser = total.clamp_min(1) / self.world.size
@@ -101,18 +104,18 @@ class NextItemTask:
         """All users once, in a fixed order, each rank its share of a global batch of batch_size users. what: names the
         pass where a rank is waited for."""
         for histories in self.world.pulse.pace(self._reader(batch_size, shuffle=False).epoch(0), what):
-            yield self.known(histories)
+            yield self.mask_new_ids(histories)
 
     def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:
         """The users of one store file, for scoring."""
         for histories in self._reader(batch_size, shuffle=False).file_histories(file_index, batch_size):
-            yield self.known(histories)
+            yield self.mask_new_ids(histories)
 
     def score_windows(self, histories: Histories, first_B: np.ndarray | None = None) -> Iterator[PrefixBatch]:
         """Histories to be scored, in windows; without each user's first_B events, which a state holds. Collective."""
         return self._batches(histories, "score", first_B=first_B)
 
-    def known(self, histories: Histories) -> Histories:
+    def mask_new_ids(self, histories: Histories) -> Histories:
         """Ids that came after the run was trained become UNKNOWN: its tables have no rows for them."""
         columns = {
             name: np.where(ids < self.rows[name], ids, UNKNOWN) if name in self.rows else ids
@@ -146,8 +149,9 @@ class NextItemTask:
             yield windows.batch(number, int(count), candidates and candidates(window=number))
 
     def _batch(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
-        cuts = self.config.data.cuts if stage == "train" else 1
-        return make_prefix_batch(histories, cuts=cuts, candidates=candidates, **self._settings(stage, epoch))
+        data = self.config.data
+        drawn = {"targets": data.targets, "prefixes_per_user": data.prefixes_per_user}
+        return make_prefix_batch(histories, candidates=candidates, **drawn, **self._settings(stage, epoch))
 
     def _settings(self, stage: str, epoch: int) -> dict:
         data = self.config.data
@@ -160,7 +164,7 @@ class NextItemTask:
             "world_size": self.world.size,
         }
 
-    def nobody(self) -> Histories:
+    def padding_histories(self) -> Histories:
         """One user without events: what a rank brings to a collective step when it has nothing left to do."""
         return Histories(
             rows=np.full(1, -1, dtype=np.int64),

@@ -8,7 +8,7 @@
                   mean of their places, so that equal scores have the NDCG of chance
 
 A label above 0.5 is a positive. Memory does not grow with the stage: sums, counts of scores, and the candidates of
-users who are not complete yet. Several ranks may read a user's visits, so their candidates are sent to one of them.
+users who are not complete yet. Several ranks may read groups of a user, so their candidates are sent to one of them.
 Figures are the same on any number of ranks.
 
 Legend: C candidates, L labels, E classes of length.

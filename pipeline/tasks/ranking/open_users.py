@@ -1,4 +1,4 @@
-"""Candidates of users whose visits come in several batches and on several ranks, held until each user is complete."""
+"""Candidates of users whose impressions come in several batches and on several ranks, held until users are complete."""
 
 from __future__ import annotations
 

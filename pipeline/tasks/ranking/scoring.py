@@ -30,8 +30,8 @@ import torch.distributed as dist
 from elastic_rec.feature_store.batches.impression_batch import Impressions
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.sources import cast_ids
+from elastic_rec.feature_store.reading.impression_groups import count_before
 from elastic_rec.feature_store.reading.lookup import HistoryLookup, bucket_of
-from elastic_rec.feature_store.reading.visits import count_before
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.vocabulary import Vocabulary
@@ -224,36 +224,36 @@ class Requests:
     def batch(self, chosen: np.ndarray, task: RankingTask, lookup: HistoryLookup) -> RankingBatch:
         """chosen: rows, as by_user gives them."""
         first_user = int(self.user_N[chosen[0]])
-        visit = self.user_N[chosen] - first_user
-        is_first = np.append(True, visit[1:] != visit[:-1])
-        found = lookup.users(self.users[first_user : first_user + int(visit[-1]) + 1])
-        ends, times = found.offsets[visit + 1], np.zeros(len(visit), np.int64)
+        group = self.user_N[chosen] - first_user
+        is_first = np.append(True, group[1:] != group[:-1])
+        found = lookup.users(self.users[first_user : first_user + int(group[-1]) + 1])
+        ends, times = found.offsets[group + 1], np.zeros(len(group), np.int64)
         if self.time_N is not None:
             times = self.time_N[chosen]
-            ends = np.maximum(count_before(found, visit, times), found.offsets[visit])
-        starts = np.maximum(found.offsets[visit], ends - task.config.data.max_history)
+            ends = np.maximum(count_before(found, group, times), found.offsets[group])
+        starts = np.maximum(found.offsets[group], ends - task.config.data.max_history)
         self.num_cold += int((starts == ends).sum())
         first_B, last_B = np.minimum.reduceat(starts, np.flatnonzero(is_first)), found.offsets[:-1].copy()
-        np.maximum.at(last_B, visit, ends)
+        np.maximum.at(last_B, group, ends)
         seen = found.stretches(np.arange(len(found.rows)), first_B, last_B)
         shift, units_per_second = seen.offsets[:-1] - first_B, UNITS_PER_SECOND[task.store.time_unit]
         candidates = self.candidates.take(chosen)
         impressions = Impressions(
             histories=seen.histories(units_per_second, num_global_users=len(found.rows)),
-            visit=visit,
-            starts=starts + shift[visit],
-            ends=ends + shift[visit],
+            group=group,
+            starts=starts + shift[group],
+            ends=ends + shift[group],
             times_s=times // units_per_second,
             rows=chosen,
-            owners=visit,
-            owner_candidates=np.zeros_like(visit),
+            owners=group,
+            owner_candidates=np.zeros_like(group),
             candidate_offsets=candidates.offsets,
             candidates=candidates.values,
             labels=np.full((len(candidates.values), len(task.table.labels)), np.nan, np.float32),
             context={name: bags.take(chosen) for name, bags in self.context.items()},
             item_context={name: bags.take(candidates.values) for name, bags in task.table.item_bags.items()},
         )
-        batch = RankingBatch.of(task.known(impressions))
+        batch = RankingBatch.of(task.mask_new_ids(impressions))
         if self.time_N is None:
             batch.query_gap_s.fill_(-1)
         return batch

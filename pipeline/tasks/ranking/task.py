@@ -13,8 +13,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from elastic_rec.feature_store.batches.examples import NUM_GAP_BUCKETS
 from elastic_rec.feature_store.batches.impression_batch import ImpressionBatch, Impressions, make_impression_batch
+from elastic_rec.feature_store.reading.impression_groups import padding_impressions
 from elastic_rec.feature_store.reading.impression_reader import ImpressionReader
-from elastic_rec.feature_store.reading.visits import no_impressions
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
@@ -66,7 +66,7 @@ class RankingTask:
     ) -> None:
         """rows: of the tables of a trained run. A store that was appended to may have more ids: they are unknown."""
         self.config, self.world = config, world
-        self.store = Store.open(store) if store else Store.open(config.data.store, generation=config.data.generation)
+        self.store = Store.open(store) if store else Store.open(config.data.store, version=config.data.version)
         self.table = ImpressionTable(self.store)
         self.columns = ["item", *config.data.columns]
         sizes = {name: self.store.vocabulary(name).size for name in self.columns}
@@ -109,18 +109,18 @@ class RankingTask:
     def train_batches(self, reader: ImpressionReader, *, epoch: int, start_batch: int) -> Iterator[RankingBatch]:
         """This rank's share of each global batch of an epoch, from start_batch on."""
         for impressions in reader.epoch(epoch, start_batch=start_batch):
-            batch = RankingBatch.of(self.known(impressions))
+            batch = RankingBatch.of(self.mask_new_ids(impressions))
             total = batch.normaliser.to(self.world.device)
             dist.all_reduce(total)
             batch.normaliser = total.clamp_min(1) / self.world.size
             yield batch
 
     def held_out(self, stage: str, *, batch_size: int, max_history: int = 0) -> Iterator[RankingBatch]:
-        """All impressions of a stage once; batch_size: visits over all ranks. max_history: events an impression sees,
-        exactly: it is then a visit of its own, for a tower shows an impression all events of its visit before it."""
+        """All impressions of a stage once; batch_size: impression groups over all ranks. max_history: events an
+        impression sees, exactly: it is then a group of its own, for a tower shows it all events of its group before."""
         reader = self._reader(stage, batch_size, shuffle=False, alone=max_history)
         for impressions in self.world.pulse.pace(reader.epoch(0), stage):
-            yield RankingBatch.of(self.known(impressions))
+            yield RankingBatch.of(self.mask_new_ids(impressions))
 
     def _reader(self, stage: str, global_batch_size: int, *, shuffle: bool, alone: int = 0) -> ImpressionReader:
         try:
@@ -130,7 +130,7 @@ class RankingTask:
                 split=self.config.data.impression_split,
                 stage=stage,
                 global_batch_size=global_batch_size,
-                per_visit=1 if alone else self.config.ranking.per_visit,
+                max_impressions_per_user=1 if alone else self.config.ranking.max_impressions_per_user,
                 max_history=alone or self.config.data.max_history,
                 rank=self.world.rank,
                 world_size=self.world.size,
@@ -144,7 +144,7 @@ class RankingTask:
         """What a rank brings to a collective step when it has nothing left to do."""
         table = self.table
         return RankingBatch.of(
-            no_impressions(
+            padding_impressions(
                 self.columns, num_labels=len(table.labels), context=table.context, item_context=table.item_context
             )
         )
@@ -152,7 +152,7 @@ class RankingTask:
     def vocabulary(self, name: str) -> Vocabulary:
         return self.store.vocabulary(name) if name in self.columns else self.table.vocabulary(name)
 
-    def known(self, impressions: Impressions) -> Impressions:
+    def mask_new_ids(self, impressions: Impressions) -> Impressions:
         """Ids that came after the run was trained become UNKNOWN: its tables have no rows for them."""
 
         def old(name: str, ids: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ class RankingTask:
         logits_CL = model.score(batch.to(self.world.device)).cpu()
 
         def name(c: int) -> str:
-            row = batch.rows[batch.visit[batch.impression[c]]].numpy()
+            row = batch.rows[batch.group[batch.impression[c]]].numpy()
             user = self.store.user_ids(row[None])[0] if row >= 0 else "without a history"
             item = self.store.vocabulary("item").decode(batch.features["candidate"].values()[c : c + 1].numpy())[0]
             return f"a list of user {user}, item {item}: take an earlier checkpoint=STEP, or look at their events"

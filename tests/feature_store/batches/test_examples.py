@@ -9,7 +9,7 @@ import torch
 from elastic_rec.feature_store.batches.examples import NUM_GAP_BUCKETS, gap_buckets, make_prefix_batch
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
-from elastic_rec.feature_store.batches.splits import SplitConfig, split_bounds
+from elastic_rec.feature_store.batches.splits import SplitConfig, Targets, split_bounds
 
 LOO = SplitConfig()
 BY_TIME = SplitConfig(kind="global_time", valid_time="1500", test_time="2200")
@@ -24,7 +24,8 @@ def random_histories(*, seed: int = 0, lengths=(0, 1, 2, 3, 4, 7, 64, 129, 5, 30
 
 
 def make(histories: Histories, **settings) -> PrefixBatch:
-    base = {"split": LOO, "stage": "train", "cuts": 3, "max_history": 20, "seed": 5, "epoch": 2, "world_size": 1}
+    base = {"split": LOO, "stage": "train", "max_history": 20, "seed": 5, "epoch": 2, "world_size": 1}
+    base |= {"targets": Targets.sampled, "prefixes_per_user": 3}
     return make_prefix_batch(histories, **(base | settings))
 
 
@@ -46,13 +47,13 @@ def test_rows_by_definition(stage, split, max_history):
     h = random_histories()
     batch = make(h, stage=stage, split=split, max_history=max_history)
     bounds = split_bounds(split, h)
-    cuts = 3 if stage == "train" else 1
+    per_user = 3 if stage == "train" else 1
     rows = rows_of(batch)
-    assert len(rows) == cuts * len(h.rows)
+    assert len(rows) == per_user * len(h.rows)
     gaps = gap_buckets(h)
     covered = set()
     for r, (row, items, actions, gap, times, target, weight) in enumerate(rows):
-        user = r // cuts
+        user = r // per_user
         begin, n = int(h.offsets[user]), int(h.offsets[user + 1] - h.offsets[user])
         assert row == h.rows[user]
         if stage == "score":
@@ -64,8 +65,8 @@ def test_rows_by_definition(stage, split, max_history):
                 assert (items, target, weight) == ([], 0, 0.0)
                 continue
             # Which position was drawn shows in the prefix; several may fit where items repeat, one must.
-            low = 1 + int(np.floor((r % cuts) / cuts * (train_end - 1)))
-            high = 1 + int(np.ceil((r % cuts + 1) / cuts * (train_end - 1)))
+            low = 1 + int(np.floor((r % per_user) / per_user * (train_end - 1)))
+            high = 1 + int(np.ceil((r % per_user + 1) / per_user * (train_end - 1)))
             fits = [
                 p
                 for p in range(low, min(high, train_end))
@@ -89,13 +90,13 @@ def test_rows_by_definition(stage, split, max_history):
     assert len(batch.times_s) == len(batch.features["item"].values()) >= len(covered)
     if stage != "train":  # above, fits[0] may stand for another position of equal content
         assert len(batch.times_s) == len(covered)
-    assert float(batch.normaliser) == len(h.rows) * cuts
+    assert float(batch.normaliser) == len(h.rows) * per_user
 
 
 def test_events_outside_every_prefix_stay_out():
-    """Far cuts, short prefixes: the events between the prefixes of one user are not in the batch."""
+    """Targets far apart, short prefixes: the events between the prefixes of one user are not in the batch."""
     h = random_histories(lengths=(1000,))
-    batch = make(h, cuts=4, max_history=10)
+    batch = make(h, prefixes_per_user=4, max_history=10)
     assert len(batch.times_s) == 40 and batch.features.lengths().tolist() == [40, 40, 40, 0]
     assert batch.starts.tolist() == [0, 10, 20, 30]
 
@@ -103,7 +104,7 @@ def test_events_outside_every_prefix_stay_out():
 def test_targets_spread_over_history_and_change_with_epoch():
     h = random_histories(lengths=(402,))
     h = replace(h, columns={"item": np.arange(402) + 2, "action": np.ones(402, np.int64)})
-    drawn = np.array([make(h, epoch=e, cuts=4).targets.numpy() - 2 for e in range(400)])
+    drawn = np.array([make(h, epoch=e, prefixes_per_user=4).targets.numpy() - 2 for e in range(400)])
     for j in range(4):  # 399 choices in 4 strata
         assert drawn[:, j].min() >= 1 + j * 399 // 4 and drawn[:, j].max() <= 1 + (j + 1) * 399 // 4
     assert drawn.min() < 6 and drawn.max() >= 396  # both ends are reached: 1 and 399
@@ -180,11 +181,11 @@ def test_changing_events_behind_a_training_cut_changes_nothing():
     h = replace(h, columns={"item": np.arange(189) + 2, "action": np.ones(189, np.int64)})
     num_behind = []
     for epoch in range(10):
-        before = make(h, cuts=1, epoch=epoch)
+        before = make(h, prefixes_per_user=1, epoch=epoch)
         target_T = before.targets.numpy() - 2  # items are numbered like events
         behind = np.concatenate([np.arange(t + 1, end) for t, end in zip(target_T, h.offsets[1:], strict=True)])
         num_behind.append(len(behind))
-        after = make(with_changed_events(h, behind, later_s=10_000), cuts=1, epoch=epoch)
+        after = make(with_changed_events(h, behind, later_s=10_000), prefixes_per_user=1, epoch=epoch)
         assert differing_fields(before, after) == set()
     assert max(num_behind) > 60
 
@@ -266,7 +267,7 @@ def test_candidates_go_to_row_0_and_shapes_are_right():
     assert batch.normaliser.shape == () and batch.features.values().dtype == torch.int64
 
 
-@pytest.mark.parametrize("settings", [{"stage": "training"}, {"cuts": -1}, {"max_history": 0}])
+@pytest.mark.parametrize("settings", [{"stage": "training"}, {"prefixes_per_user": 0}, {"max_history": 0}])
 def test_wrong_arguments(settings):
     with pytest.raises(ValueError, match="stage is one of train, valid, test, score"):
         make(random_histories(), **settings)
@@ -277,7 +278,7 @@ def test_wrong_arguments(settings):
 def test_a_target_behind_every_event(split, max_history):
     """One stretch of training events per user, whose targets are the same stretch one event later."""
     h = random_histories()
-    batch = make(h, cuts=0, split=split, max_history=max_history)
+    batch = make(h, targets=Targets.every_event, split=split, max_history=max_history)
     items, done = batch.features["item"].values(), 0
     for user, train_end in enumerate(split_bounds(split, h).train_end):
         span = slice(int(batch.starts[user]), int(batch.ends[user]))
@@ -298,13 +299,13 @@ def test_windows_of_long_histories_move_with_the_epoch_and_not_with_the_ranks():
     h = random_histories(lengths=(129,) * 40)
     starts = {}
     for epoch in range(3):
-        batch = make(h, cuts=0, max_history=10, epoch=epoch)
+        batch = make(h, targets=Targets.every_event, max_history=10, epoch=epoch)
         starts[epoch] = batch.times_s[batch.starts].tolist()
     assert starts[0] != starts[1] != starts[2]
     cut = h.offsets[20]
     columns = {name: values[cut:] for name, values in h.columns.items()}
     half = Histories(h.rows[20:], h.offsets[20:] - cut, columns, h.times_s[cut:], 40)
-    batch = make(half, cuts=0, max_history=10, epoch=1, world_size=2)
+    batch = make(half, targets=Targets.every_event, max_history=10, epoch=1, world_size=2)
     assert batch.times_s[batch.starts].tolist() == starts[1][20:]
 
 
@@ -315,6 +316,6 @@ def test_held_out_events_change_nothing_in_every_position_training():
         for back in range(1, min(2, n) + 1):
             changed.columns["item"][end - back] = 49 - changed.columns["item"][end - back]
             changed.times_s[end - back] += 7
-    one, other = make(h, cuts=0), make(changed, cuts=0)
+    one, other = make(h, targets=Targets.every_event), make(changed, targets=Targets.every_event)
     assert torch.equal(one.features.values(), other.features.values())
     assert torch.equal(one.targets, other.targets) and torch.equal(one.times_s, other.times_s)

@@ -11,6 +11,7 @@ from test_examples import BY_TIME, LOO, make, random_histories
 
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 
 
@@ -34,7 +35,7 @@ def joined(parts: list[list[list]]) -> list[list]:
 @pytest.mark.parametrize("size", [1, 7, 60, 1000])
 def test_windows_end_to_end_are_the_whole_batch(stage, size, split):
     h = random_histories()
-    whole = make(h, stage=stage, split=split, cuts=0 if stage == "train" else 1, max_history=60)
+    whole = make(h, stage=stage, split=split, targets=Targets.every_event, max_history=60)
     windows = cut(h, size=size, stage=stage, split=split)
     batches = [windows.batch(number, windows.count) for number in range(windows.count)]
     longest = int((whole.ends - whole.starts).max())

@@ -17,7 +17,7 @@ SPLIT = ImpressionSplit(valid_time="2090-01-01", test_time="2091-01-01")
 
 
 def read(store: Store, columns: list[str], **settings) -> list:
-    settings = {"global_batch_size": 64, "per_visit": 8, "max_history": 50, **settings}
+    settings = {"global_batch_size": 64, "max_impressions_per_user": 8, "max_history": 50, **settings}
     return list(
         ImpressionReader(store, columns=columns, split=SPLIT, stage="train", shuffle=False, **settings).epoch(0)
     )
@@ -58,7 +58,7 @@ def test_movielens_as_ranking(tmp_path):
         pytest.skip(str(error))
     helpers.run("ingest", "data=ml100k_ranking", f"data.store={tmp_path}/store")
     store = Store.open(tmp_path / "store")
-    batches = read(store, ["item", "rating"], per_visit=1000, max_history=1000)
+    batches = read(store, ["item", "rating"], max_impressions_per_user=1000, max_history=1000)
     events = pq.read_table(files.events).to_pydict()
     requests = {(u, t) for u, t in zip(events["user_id"], events["timestamp"], strict=True)}
     assert sum(len(b.rows) for b in batches) == len(requests)
@@ -71,7 +71,7 @@ def test_movielens_as_ranking(tmp_path):
     for b in batches[:3]:
         assert b.context["gender"].values.min() >= 2 and set(b.item_context) == {"genres", "release_year"}
         for v in range(len(b.histories.rows)):
-            rows = np.flatnonzero(b.visit == v)
+            rows = np.flatnonzero(b.group == v)
             order = rows[np.argsort(b.times_s[rows], kind="stable")]
             spans = [b.candidates[b.candidate_offsets[i] : b.candidate_offsets[i + 1]] for i in order]
             before = np.concatenate([[0], np.cumsum([len(s) for s in spans])])

@@ -87,7 +87,13 @@ def config_of(folder, **changes) -> ImpressionConfig:
 
 
 def make(store, **settings) -> ImpressionReader:
-    defaults = {"columns": COLUMNS, "split": ALL, "stage": "train", "global_batch_size": 7, "per_visit": 3}
+    defaults = {
+        "columns": COLUMNS,
+        "split": ALL,
+        "stage": "train",
+        "global_batch_size": 7,
+        "max_impressions_per_user": 3,
+    }
     return ImpressionReader(store, **{**defaults, "max_history": 1000, "shuffle": True, "seed": 3, **settings})
 
 
@@ -108,11 +114,11 @@ def records(store, reader, batches) -> list[dict]:
         return vocabularies[name].decode(values).to_pylist()
 
     for b in batches:
-        assert np.all(np.diff(b.visit) >= 0) and b.visit.max() < len(b.histories.rows)
+        assert np.all(np.diff(b.group) >= 0) and b.group.max() < len(b.histories.rows)
         for i in np.flatnonzero(b.rows >= 0):
             c = slice(b.candidate_offsets[i], b.candidate_offsets[i + 1])
             h, t = b.histories, slice(b.starts[i], b.ends[i])
-            u = b.visit[i]
+            u = b.group[i]
             assert h.offsets[u] <= b.starts[i] <= b.ends[i] <= h.offsets[u + 1]
             raw = (v.decode(h.columns[n][t]).to_pylist() for n, v in (("item", items), ("action", actions)))
             found.append(
@@ -167,16 +173,16 @@ def test_every_impression_once_with_its_history_as_of_its_time(case, max_history
     assert any(e["timestamp"] == r["timestamp"] and e["user"] == r["user_id"] for r in case[2] for e in case[1]), "ties"
 
 
-def test_no_event_at_or_behind_the_newest_impression_of_a_visit_is_in_the_batch(case):
-    for b in make(case[0], per_visit=100).epoch(0):
+def test_no_event_at_or_behind_the_newest_impression_of_a_group_is_in_the_batch(case):
+    for b in make(case[0], max_impressions_per_user=100).epoch(0):
         h = b.histories
         newest = np.full(len(h.rows), -1)
-        np.maximum.at(newest, b.visit, b.times_s)
+        np.maximum.at(newest, b.group, b.times_s)
         assert np.all(h.times_s < np.repeat(newest, np.diff(h.offsets)))
 
 
 def test_a_history_is_in_a_batch_once_for_all_its_impressions(case):
-    (batch,) = make(case[0], per_visit=1000, global_batch_size=10_000).epoch(0)
+    (batch,) = make(case[0], max_impressions_per_user=1000, global_batch_size=10_000).epoch(0)
     assert len(batch.rows) == 400 and len(batch.histories.times_s) <= len(case[1])
     known = batch.histories.rows[batch.histories.rows >= 0]
     assert len(np.unique(known)) == len(known)
@@ -235,7 +241,7 @@ def test_batch_for_a_model(case):
     assert batch.features.keys() == ["item", "action", "gap", "candidate"] and batch.features.stride() == B
     assert batch.features["candidate"].values().tolist() == b.candidates.tolist()
     lengths = np.diff(b.candidate_offsets)
-    want = [int(lengths[b.visit == v].sum()) for v in range(B)]
+    want = [int(lengths[b.group == v].sum()) for v in range(B)]
     assert batch.features["candidate"].lengths().tolist() == want
     assert batch.context.keys() == ["device", "tags"] and batch.context.stride() == I
     assert batch.item_context.keys() == ["genres", "year"] and batch.item_context.stride() == C

@@ -189,7 +189,7 @@ def test_user_vocabulary_and_user_ids(tmp_path):
     batch_size=st.integers(1, 12),
     row_group_events=st.integers(1, 15),
 )
-def test_cutter_does_not_depend_on_batches_and_loses_nothing(lengths, batch_size, row_group_events):
+def test_writer_does_not_depend_on_batches_and_loses_nothing(lengths, batch_size, row_group_events):
     """lengths: (events of a user, does a new bucket begin with him)."""
     users = np.repeat(np.arange(len(lengths)), [n for n, _ in lengths])
     buckets = np.cumsum([new for _, new in lengths])[users]

@@ -171,7 +171,7 @@ def test_an_append_knows_files_by_size_first_and_digest_then(tmp_path, monkeypat
     assert digested.count("b.csv") == 1  # when it was read, not to compare it
     shutil.copy(tmp_path / "b.csv", tmp_path / "renamed.csv")
     day.input = [str(tmp_path / "renamed.csv")]
-    with pytest.raises(DataError, match=r"renamed\.csv: the same bytes were taken before \(.*b\.csv, generation 1\)"):
+    with pytest.raises(DataError, match=r"renamed\.csv: the same bytes were taken before \(.*b\.csv, version 1\)"):
         append(day)
     day.input = [str(put(tmp_path / "c.csv", 3)), str(tmp_path / "none.csv")]  # nothing in it to double
     assert append(day)["appended_events"] == 1

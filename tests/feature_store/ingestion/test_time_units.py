@@ -104,7 +104,7 @@ def test_the_unit_of_an_append_is_checked_too(tmp_path):
         DataError, match=r"day\.csv: 1 timestamps are read in timestamp_unit=ms: .*set timestamp_unit=s"
     ):
         append(IngestConfig(mode="append", input=[day], out=str(tmp_path / "s")))
-    assert Store.open(tmp_path / "s").generation == 0
+    assert Store.open(tmp_path / "s").version == 0
 
 
 WORDS = ["nan", "NaN", "None", "null", "", "<NA>"]

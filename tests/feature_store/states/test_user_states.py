@@ -1,4 +1,4 @@
-"""User states beside the store: every event is folded in once, in order, whatever days, crashes and rollbacks bring.
+"""User states beside the store: every event is folded in once, in order, whatever days, crashes and restores bring.
 
 The states here are 24 bytes of a test's own: how many events, a hash that depends on their order, a sum that does not.
 """
@@ -65,7 +65,7 @@ def fold_store(store: Store, late: str = "reencode", *, batch_size: int = 7, res
                     start, stop = histories.offsets[user : user + 2]
                     assert states[place, 0] == span.first_U[place], "the state holds what precedes the new events"
                     states[place] = fold(states[place].tolist(), events[start + span.first_U[place] : stop])
-                writer.add(span.user_ids, span.clocks, states.view(np.uint8))
+                writer.add(span.user_ids, span.watermarks, states.view(np.uint8))
             writer.commit()
             counts += increments.counts
     return counts
@@ -87,7 +87,7 @@ def expected(store: Store) -> dict:
 
 @pytest.mark.parametrize(("event_ids", "strings"), [(False, False), (True, True), (True, False)])
 def test_every_event_once_and_in_order_over_many_days(tmp_path, strings, event_ids):
-    """Late events, ties at the clock, new users and new items; thin days that leave buckets alone."""
+    """Late events, ties at the watermark, new users and new items; thin days that leave buckets alone."""
     days = eleven_days(strings=strings)[:8]
     settings = {"context_columns": ["action"], "event_id_column": "event_id" if event_ids else None}
     store = make_store(tmp_path, days[0], num_buckets=5, **settings)
@@ -161,7 +161,7 @@ def test_only_row_groups_with_new_events_are_decoded(tmp_path):
     assert states_of(store)[user] == expected(store)[user]
 
 
-def test_a_rollback_is_noticed_and_encoded_again(tmp_path):
+def test_a_restore_is_noticed_and_encoded_again(tmp_path):
     days = eleven_days(strings=False)
     store = make_store(tmp_path, days[0], num_buckets=2, context_columns=["action"])
     for number in (1, 2):

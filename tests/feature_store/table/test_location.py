@@ -21,7 +21,7 @@ from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table import staging
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.feature_store.table.versions import compact, publish, rollback
+from elastic_rec.feature_store.table.versions import publish, restore, vacuum
 from elastic_rec.feature_store.utils.errors import DataError
 
 NAMES = ["timestamp", "item"]
@@ -41,8 +41,8 @@ def place(request, tmp_path, monkeypatch):
     return f"s3://bucket/{name}"
 
 
-def histories(url, generation=None):
-    return pick(stored_histories(Store.open(url, generation=generation), ["item"]), NAMES)
+def histories(url, version=None):
+    return pick(stored_histories(Store.open(url, version=version), ["item"]), NAMES)
 
 
 def epoch(url):
@@ -50,7 +50,7 @@ def epoch(url):
     return [(b.rows.tolist(), b.columns["item"].tolist(), b.times_s.tolist()) for b in reader.epoch(0)]
 
 
-def test_ingest_append_compact_and_roll_back(place, tmp_path):
+def test_ingest_append_vacuum_and_restore(place, tmp_path):
     events = random_events(700)
     days = [write_events(tmp_path / f"{n}.parquet", events[n * 300 :][:300]) for n in range(3)]
     local, out = str(tmp_path / "plain"), f"{place}/store"
@@ -62,15 +62,15 @@ def test_ingest_append_compact_and_roll_back(place, tmp_path):
     assert Store.open(out).user_ids([3, -1, 0]).to_pylist() == Store.open(local).user_ids([3, -1, 0]).to_pylist()
     for number, day in enumerate(days[1:], 1):
         figures = append(IngestConfig(mode="append", input=[day], out=out, threads=1))
-        assert figures["generation"] == number
+        assert figures["version"] == number
     with pytest.raises(DataError, match="the same bytes were taken before"):
         append(IngestConfig(mode="append", input=[days[1]], out=out))
     assert histories(out) == pick(reference_histories(events), NAMES)
     assert histories(out, 1) == pick(reference_histories(events[:600]), NAMES)
-    assert rollback(out, generation=1)["was"] == 2
-    assert compact(out, grace_hours=24)["dropped_generations"] == []  # all younger than the grace
-    figures = compact(out, grace_hours=0)
-    assert figures["dropped_generations"] == [0, 2] and figures["freed_bytes"] > 0
+    assert restore(out, version=1)["was"] == 2
+    assert vacuum(out, retention_hours=24)["dropped_versions"] == []  # all within the retention
+    figures = vacuum(out, retention_hours=0)
+    assert figures["dropped_versions"] == [0, 2] and figures["freed_bytes"] > 0
     assert histories(out) == pick(reference_histories(events[:600]), NAMES)
     Store.open(out).verify()
     named = {e["path"] for key in ("files",) for e in Store.open(out).manifest[key]}

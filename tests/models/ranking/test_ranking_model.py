@@ -33,14 +33,14 @@ def store(tmp_path_factory) -> Store:
     return Store.open(str(make_ranking_store(tmp_path_factory.mktemp("ranking"), num_users=12)))
 
 
-def batches(store, per_visit: int = 16, size: int = 8, max_history: int = 100) -> list[RankingBatch]:
+def batches(store, max_impressions_per_user: int = 16, size: int = 8, max_history: int = 100) -> list[RankingBatch]:
     reader = ImpressionReader(
         store,
         columns=["action"],
         split=ImpressionSplit(valid_time="2090-01-01", test_time="2091-01-01"),
         stage="train",
         global_batch_size=size,
-        per_visit=per_visit,
+        max_impressions_per_user=max_impressions_per_user,
         max_history=max_history,
         shuffle=False,
     )
@@ -77,7 +77,7 @@ def test_what_comes_after_an_impression_changes_no_score_of_it(store, history):
         end = int(batch.ends[target])
         values, times_s = batch.features["item"].values().clone(), batch.times_s.clone()
         values[end:] = 2 + (values[end:] + 5) % 20
-        user_end = int(batch.features["item"].offsets()[int(batch.visit[target]) + 1])
+        user_end = int(batch.features["item"].offsets()[int(batch.group[target]) + 1])
         times_s[end:user_end] += 10**6
         names = batch.features.keys()
         features = {name: batch.features[name] for name in names}
@@ -95,10 +95,10 @@ def test_what_comes_after_an_impression_changes_no_score_of_it(store, history):
 def test_impressions_that_share_a_history_score_as_each_alone(store, history):
     model = make_model(store, history).eval()
     found = []
-    for per_visit in (16, 1):
+    for max_impressions_per_user in (16, 1):
         scores = {}
         with torch.no_grad():
-            for batch in batches(store, per_visit=per_visit):
+            for batch in batches(store, max_impressions_per_user=max_impressions_per_user):
                 for c, row in enumerate(model.score(batch)):
                     scores.setdefault(int(batch.impression_rows[batch.impression[c]]), []).append(row)
         found.append(torch.cat([torch.stack(scores[i]) for i in sorted(scores)]))
@@ -217,7 +217,7 @@ def test_loss_is_the_weighted_sum_over_labels_and_pairs(store, sharing):
         known = [c for c in range(len(logits_CL)) if batch.label_weights[c, label] > 0]
         entropy = sum(F.binary_cross_entropy_with_logits(logits_CL[c, label], batch.labels[c, label]) for c in known)
         pairs = 0.0
-        for i in range(len(batch.visit)):
+        for i in range(len(batch.group)):
             mine = [c for c in known if int(batch.impression[c]) == i]
             losses = [
                 F.softplus(logits_CL[n, label] - logits_CL[p, label])
@@ -279,7 +279,7 @@ def test_untrained_candidates_read_means_of_the_events():
     B, N = 20, 50
     events_BND = F.layer_norm(torch.randn(B, 1, 32) + torch.randn(B, N, 32), (32,))
     offsets_B1, times_s_T = torch.arange(B + 1) * N, torch.arange(N).repeat(B)
-    output = history.tower(events_BND.flatten(0, 1), offsets_B1, times_s_T, torch.arange(B), offsets_B1[1:])
+    output = history.tower(events_BND.flatten(0, 1), offsets_B1, times_s_T, readings=(torch.arange(B), offsets_B1[1:]))
     read_BD = history.attention(output.interests, torch.randn(B, 32), torch.arange(B))
     alike_BB = F.cosine_similarity(read_BD[:, None], events_BND.mean(1)[None], dim=-1)
     assert torch.equal(alike_BB.argmax(1), torch.arange(B)) and alike_BB.diagonal().mean() > 0.6

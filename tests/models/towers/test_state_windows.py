@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_examples import LOO, make, random_histories
 
+from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
 from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
@@ -28,9 +29,7 @@ def all_items(targets, weights):
 
 def whole_and_cut(stage: str, size: int):
     histories = random_histories()
-    whole = make(
-        histories, stage=stage, split=LOO, cuts=0 if stage == "train" else 1, max_history=60, candidates=all_items
-    )
+    whole = make(histories, stage=stage, split=LOO, targets=Targets.every_event, max_history=60, candidates=all_items)
     windows = HistoryWindows(
         histories, size=size, split=LOO, stage=stage, max_history=60, seed=5, epoch=2, world_size=1
     )

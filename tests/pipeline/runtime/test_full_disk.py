@@ -42,7 +42,7 @@ def made(verbs, tmp_path_factory) -> Path:
 
 
 def train(folder: Path) -> list[str]:
-    causal = ["model.attention=causal", "data.cuts=0", "model.chunk=4", "optim.epochs=1"]
+    causal = ["model.attention=causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
     return [*helpers.SMALL_TRAIN, *causal, f"data.store={folder}/items/store"]
 
 
@@ -140,7 +140,7 @@ def test_a_path_below_a_file(verbs, made, tmp_path, name):
         (["evaluate", "run={}/none"], "is not a run folder"),
         (["score", "run={}/none", "out={}/scores"], "is not a run folder"),
         (["describe", "store={}/none"], "unfinished or not a history store"),
-        (["describe", "store={}/items/store", "generation=7", "out={}/x.html"], "no generation 7"),
+        (["describe", "store={}/items/store", "version=7", "out={}/x.html"], "no version 7"),
         (["train", "data.store={}/none", "run.dir={}/x"], "not a history store"),
         (["ingest", "data=files", "data.ingest.input=[{}/none.csv]", "data.store={}/x"], "no file matches"),
         (["score", "run={}/run", "out={}/scores", "store={}/none"], "not a history store"),

@@ -156,12 +156,12 @@ def test_ranking_runs_are_evaluated_on_another_store(world, tmp_path):
     plain = run_evaluation(EvaluateConfig(run=str(run)), world)
     shutil.move(store, tmp_path / "elsewhere")
     settings = {"run": str(run), "store": str(tmp_path / "elsewhere")}
-    found = run_evaluation(EvaluateConfig(generation=0, **settings), world)
+    found = run_evaluation(EvaluateConfig(version=0, **settings), world)
     assert found == plain | {"store": settings["store"]} and found["auc"] > 0
     assert json.loads((run / "metrics_elsewhere_g0.json").read_text())["auc"] == found["auc"]
     with pytest.raises(ConfigError, match="seen=keep: only for runs with task=next_item"):
         run_evaluation(EvaluateConfig(seen="keep", **settings), world)
     with pytest.raises(ConfigError, match="min_item_count=5: only for runs with task=next_item"):
         run_evaluation(EvaluateConfig(min_item_count=5, **settings), world)
-    with pytest.raises(DataError, match="generation"):
-        run_evaluation(EvaluateConfig(generation=7, **settings), world)
+    with pytest.raises(DataError, match="version"):
+        run_evaluation(EvaluateConfig(version=7, **settings), world)

@@ -30,7 +30,7 @@ from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.score import score
 
 NEW_ITEM = 999  # first seen on day 1: the run has no row for it
-CAUSAL = ["model.attention=causal", "model.chunk=4", "data.cuts=0", "data.max_history=64"]
+CAUSAL = ["model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.max_history=64"]
 
 
 class Served(NamedTuple):
@@ -121,7 +121,7 @@ def test_figures_are_those_of_the_files(served, world, seen):
     figures = served.evaluate(world, seen=seen)
     lists = served.score(world, f"scores-{seen}", k=100, seen=seen)
     assert_delivered(served, figures, lists)
-    assert figures["seen"] == seen and figures["generation"] == 1 and figures["unknown_targets"] == 1
+    assert figures["seen"] == seen and figures["version"] == 1 and figures["unknown_targets"] == 1
     repeats = sum(kind(served, user) != "new" for user in served.after) / 119
     assert figures["seen_targets"] == pytest.approx(repeats) and repeats > 0.3
     policy, block = {"keep": ("exclude", "seen_excluded"), "exclude": ("keep", "seen_kept")}[seen]

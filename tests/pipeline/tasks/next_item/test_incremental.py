@@ -24,7 +24,9 @@ from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.score import score
 
 DAYS, BUCKETS, DAY_S = 31, 4, 86_400
-CAUSAL = [*helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.cuts=0", "data.columns=[action]"]
+CAUSAL = [
+    *helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def thirty_days(setting, world) -> Setting:
         if day:
             add(setting.store, day_file(setting.folder, day))
         figures = setting.score(world, "daily", mode="incremental")
-        assert figures["late_events"] == 0 and figures["generation"] == day
+        assert figures["late_events"] == 0 and figures["version"] == day
         if day:
             assert 0 < figures["folded_events"] <= 60 and figures["skipped_parts"] < BUCKETS
         if day % 7 == 3:
@@ -139,11 +141,11 @@ def test_another_folder_is_scored_from_the_states_alone(thirty_days, world):
     assert_same(rows(thirty_days.folder / "elsewhere"), rows(thirty_days.folder / "full-seen"))
 
 
-@pytest.mark.parametrize("where", ["a page of states", "the footer", "a clock"])
+@pytest.mark.parametrize("where", ["a page of states", "the footer", "a watermark"])
 def test_damaged_states_are_made_again_and_said_so(thirty_days, world, capsys, where):
     path = sorted(thirty_days.store.glob("states/*/*.parquet"))[1]
     whole, last = path.read_bytes(), pq.read_metadata(path).num_row_groups - 1
-    page = pq.read_metadata(path).row_group(last).column(2 if where == "a clock" else 4)
+    page = pq.read_metadata(path).row_group(last).column(2 if where == "a watermark" else 4)
     end = page.data_page_offset + page.total_compressed_size
     at = len(whole) - 200 if where == "the footer" else end - 4
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])

@@ -151,8 +151,8 @@ def test_evaluation_of_an_empty_stage_is_refused_before_a_model_is_built(world, 
         run_evaluation(EvaluateConfig(run=config.run.dir, store=other), world)
 
 
-def test_targets_of_an_earlier_generation_were_trained_on(world, tmp_path):
-    """Day 8 is appended before training, so that the last events of generation 0 are training events."""
+def test_targets_of_an_earlier_version_were_trained_on(world, tmp_path):
+    """Day 8 is appended before training, so that the last events of version 0 are training events."""
     store = store_of(tmp_path, *([list(range(8))] * 9))
     day = pa.table({"user_id": range(9), "item_id": [3] * 9, "timestamp": [8 * 86_400] * 9})
     pq.write_table(day, tmp_path / "day8.parquet")
@@ -162,9 +162,9 @@ def test_targets_of_an_earlier_generation_were_trained_on(world, tmp_path):
     config.model.width, config.model.heads, config.model.layers, config.model.experts = 8, 2, 1, 2
     train(config, world)
     for where in ("", store):
-        with pytest.raises(ConfigError, match=r"generation 0 of .* is earlier than the run's, 1: with .* trained on"):
-            run_evaluation(EvaluateConfig(run=config.run.dir, store=where, generation=0), world)
-    assert run_evaluation(EvaluateConfig(run=config.run.dir, generation=1), world)["users"] == 9
+        with pytest.raises(ConfigError, match=r"version 0 of .* is earlier than the run's, 1: with .* trained on"):
+            run_evaluation(EvaluateConfig(run=config.run.dir, store=where, version=0), world)
+    assert run_evaluation(EvaluateConfig(run=config.run.dir, version=1), world)["users"] == 9
 
 
 def test_survey_of_two_stages_names_the_first_that_is_empty(world, tmp_path):

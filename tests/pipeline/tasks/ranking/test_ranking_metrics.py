@@ -175,7 +175,7 @@ def on_ranks(rank: int, size: int, folder: str) -> None:
 
 
 def test_any_number_of_ranks_has_the_same_figures(tmp_path):
-    """Each user's visits are dealt to all ranks; counts of scores are coarsened."""
+    """Each user's impression groups are dealt to all ranks; counts of scores are coarsened."""
     found = {}
     for size in (1, 2, 3):
         warm_ranks.call(on_ranks, str(tmp_path), ranks=size)

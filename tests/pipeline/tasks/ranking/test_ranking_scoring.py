@@ -85,7 +85,7 @@ def keys(scored: pa.Table, lists: pa.Table) -> list[tuple]:
 
 
 def by_the_reader(run: Path) -> dict[tuple, list[float]]:
-    """The same impressions as training reads them, one per visit."""
+    """The same impressions as training reads them, one per group."""
     world = start_world("cpu")
     task, model, _ = load_model(f"{run}/run", checkpoint="best", world=world, parallel=ParallelConfig(device="cpu"))
     table, items = ImpressionTable(task.store), task.store.vocabulary("item")
