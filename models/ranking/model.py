@@ -36,7 +36,9 @@ from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.ranking.config import RankingConfig, Sharing
 from elastic_rec.models.ranking.histories import QueryGap, build_history
 from elastic_rec.models.retrieval.model import EventEncoder, EventTable
+from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
 from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.state import UserState
 
 
 class RatedEvents(EventEncoder):
@@ -240,17 +242,28 @@ class RankingModel(nn.Module):
         loss = self.loss(logits_SCL, batch)
         return loss[0], (logits_SCL.mean(0), loss[1], loss[2])
 
-    def score(self, batch) -> torch.Tensor:
-        return self.logits(batch).float().mean(0)
+    def score(self, batch, output: CausalOutput | None = None) -> torch.Tensor:
+        return self.logits(batch, output).float().mean(0)
 
-    def logits(self, batch) -> torch.Tensor:
-        """(S, C, L)"""
+    def fold(self, batch, state: UserState) -> tuple[CausalOutput, UserState]:
+        """With a causal tower only. The batch's events are those since `state`, a user per row: (the tower's output
+        after them, for `score`; the next states)."""
+        embedded = self.embeddings(batch.features)
+        with self.autocast():
+            offsets_B1 = batch.features["item"].offsets()
+            return self.tower.step(self.events(embedded), offsets_B1 - offsets_B1[0], batch.times_s, state, False)
+
+    def logits(self, batch, output: CausalOutput | None = None) -> torch.Tensor:
+        """(S, C, L). output: of the impressions' users as `fold` gave it, in the place of the batch's events."""
         embedded = self.embeddings(batch.features)
         context = None if self.context is None else self.context(batch.context)
         item_context = None if self.item_context is None else self.item_context(batch.item_context)
         with self.autocast():
             candidates_CD = self.candidates(embedded)
-            history_CFD = self.history(self.events(embedded), candidates_CD, batch)
+            if output is None:
+                history_CFD = self.history(self.events(embedded), candidates_CD, batch)
+            else:
+                history_CFD = self.history.read(output, candidates_CD, batch.impression)
             gap_C1D = self.gap(batch)
             return self.heads(candidates_CD, history_CFD, gap_C1D, context, item_context, batch)
 

@@ -27,6 +27,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.retrieval.softmax import SOFTMAX, SoftmaxKind
+from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
 from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import UserState
@@ -220,17 +221,24 @@ class RetrievalModel(nn.Module):
         return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
-        output = self.encode(batch)
-        with self.autocast():
-            return self.head(output, batch.query_gap_s).float()
+        return self.ask(self.encode(batch), batch.query_gap_s)
 
     def step(self, batch, state: UserState) -> tuple[torch.Tensor, UserState]:
         """Causal only. The batch's events are those since `state`: (query_RD after them, the next states)."""
+        output, state = self.fold(batch, state)
+        return self.ask(output, batch.query_gap_s), state
+
+    def fold(self, batch, state: UserState) -> tuple[CausalOutput, UserState]:
+        """Causal only. The batch's events are those since `state`: (the tower's output after them, the next states)."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
             tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
-            output, state = self.tower.step(*tokens, state, every=False)
-            return self.head(output, batch.query_gap_s).float(), state
+            return self.tower.step(*tokens, state, every=False)
+
+    def ask(self, output: TowerOutput | CausalOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
+        """The query (R, D) so many seconds after the newest event; -1: unknown."""
+        with self.autocast():
+            return self.head(output, query_gap_s_R).float()
 
     def encode(self, batch) -> TowerOutput:
         embedded = self.embeddings(batch.features)

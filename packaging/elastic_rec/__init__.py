@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from elastic_rec.models.towers.elastic.tower import ElasticTower
     from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig
     from elastic_rec.pipeline.config.verbs import TrainConfig
+    from elastic_rec.pipeline.runs import Run, UserStates, load
 
 _HOMES = {
     "HistoryReader": "feature_store.reading.history_reader",
@@ -44,6 +45,9 @@ _HOMES = {
     "Sasrec": "models.towers.sasrec",
     "SasrecConfig": "models.towers.sasrec",
     "TrainConfig": "pipeline.config.verbs",
+    "Run": "pipeline.runs",
+    "UserStates": "pipeline.runs",
+    "load": "pipeline.runs",
 }
 
 __all__ = [
@@ -56,12 +60,15 @@ __all__ = [
     "RankingConfig",
     "RankingModel",
     "RetrievalModel",
+    "Run",
     "Sasrec",
     "SasrecConfig",
     "Store",
     "TowerConfig",
     "TrainConfig",
+    "UserStates",
     "__version__",
+    "load",
 ]
 
 

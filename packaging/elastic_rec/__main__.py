@@ -24,8 +24,8 @@ class Verb(NamedTuple):
 VERBS = {
     "ingest": Verb("ingest", "raw events -> history store"),
     "append": Verb("ingest", "a day's events -> the next version of a store", ("data.ingest.mode=append",)),
-    "vacuum": Verb("ingest", "delete the files of old versions", ("data.ingest.mode=compact",)),
-    "restore": Verb("ingest", "make an old version the current one", ("data.ingest.mode=rollback",)),
+    "vacuum": Verb("ingest", "delete the files of old versions", ("data.ingest.mode=vacuum",)),
+    "restore": Verb("ingest", "make an old version the current one", ("data.ingest.mode=restore",)),
     "impressions": Verb("ingest", "labelled impressions beside the histories", ("data.ingest.mode=impressions",)),
     "train": Verb("train", "history store -> trained model"),
     "evaluate": Verb("evaluate", "trained model -> metrics, beside counting baselines"),

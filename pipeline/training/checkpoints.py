@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -82,10 +84,8 @@ class Checkpoints:
         self._whole.discard(step)
         return files
 
-    def load(
-        self, step: int, model: DistributedModelParallel, optimiser: CombinedOptimizer | None = None
-    ) -> dict[str, Any]:
-        """Load in place and return the marker.
+    def load(self, step: int, model: nn.Module, optimiser: CombinedOptimizer | None = None) -> dict[str, Any]:
+        """Load in place and return the marker. model: sharded, or whole in one process.
 
         Raises CheckpointError when the folder has no marker, is damaged, or does not fit the model.
         """
@@ -97,7 +97,10 @@ class Checkpoints:
         if optimiser is not None:
             state["optimiser"] = optimiser.state_dict()
         try:
-            dcp.load(state, storage_reader=PlanReader(folder, files=marker["files"]), planner=TensorsOnly())
+            reader = PlanReader(folder, files=marker["files"])
+            with warnings.catch_warnings():  # one process by choice is no accident
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, storage_reader=reader, planner=TensorsOnly(), no_dist=self.world.size == 1)
         except CheckpointException as error:  # a BaseException, so `except Exception` would miss it
             causes = {str(cause[0]) for cause in error.failures.values()}
             raise CheckpointError(

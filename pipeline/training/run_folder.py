@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -163,9 +165,7 @@ def load_model(
     in eval mode, step). Raises NonFiniteError for weights that are no numbers.
     """
     config = config or read_config(run)
-    tables = read_tables(run)
-    task = make_task(config, world=world, store=store, rows=tables["rows"])
-    check_tables(task, tables.get("ids", {}))
+    task = _open_task(run, config, world=world, store=store)
     check(task)
     checkpoints = Checkpoints(Path(run), world=world)
     step = _choose(checkpoints, checkpoint)
@@ -173,12 +173,38 @@ def load_model(
     model = task.build_model()
     attach_table_optimisers(model, config.optim)  # their kernels hold the tables; nothing is trained
     sharded = shard(model, world=world, config=parallel, seed=config.run.seed)
-    checkpoints.load(step, sharded)
+    _load_finite(checkpoints, step, sharded)
+    return task, sharded.module.eval(), step
+
+
+def load_whole_model(
+    run: str | Path, *, checkpoint: str, device: torch.device, store: str = ""
+) -> tuple[AnyTask, nn.Module, int]:
+    """As load_model, for one process without a process group: the model has its tables whole, as plain modules."""
+    world, config = World(rank=0, size=1, device=device), read_config(run)
+    config.parallel.host_init_gib = math.inf  # tables on meta are for sharding
+    task = _open_task(run, config, world=world, store=store)
+    checkpoints = Checkpoints(Path(run), world=world)
+    step = _choose(checkpoints, checkpoint)
+    model = task.build_model()
+    _load_finite(checkpoints, step, model)
+    return task, model.to(device).eval(), step
+
+
+def _open_task(run: str | Path, config: TrainConfig, *, world: World, store: str) -> AnyTask:
+    """The run's task over a store whose ids mean what the run's do."""
+    tables = read_tables(run)
+    task = make_task(config, world=world, store=store, rows=tables["rows"])
+    check_tables(task, tables.get("ids", {}))
+    return task
+
+
+def _load_finite(checkpoints: Checkpoints, step: int, model: nn.Module) -> None:
+    checkpoints.load(step, model)
     try:
-        require_finite_state(sharded.state_dict(), world)
+        require_finite_state(model.state_dict(), checkpoints.world)
     except NonFiniteError as error:
         raise NonFiniteError(f"{checkpoints.folder(step)}: {error}; give another checkpoint=STEP") from None
-    return task, sharded.module.eval(), step
 
 
 def _choose(checkpoints: Checkpoints, which: str) -> int:

@@ -18,8 +18,8 @@ from elastic_rec.models.towers.elastic.memory import InterestMemory, Seeds
 from elastic_rec.models.towers.elastic.moments import Moments, RunningMoments, moments_of
 from elastic_rec.models.towers.elastic.pieces import in_pieces
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
-from elastic_rec.models.towers.elastic.state import Fingerprint, UserState, check_state
-from elastic_rec.models.towers.elastic.timeline import Timeline, num_kept
+from elastic_rec.models.towers.elastic.state import Fingerprint, UserState, check_state, num_kept
+from elastic_rec.models.towers.elastic.timeline import Timeline
 
 
 class CausalOutput(NamedTuple):

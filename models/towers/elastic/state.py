@@ -78,6 +78,12 @@ class UserState:
     def dtype(self) -> torch.dtype:
         return self.kept_BLW2Hd.dtype
 
+    @property
+    def newest_s_B(self) -> torch.Tensor:
+        """(B,) int64: time of each user's newest event, 0 without one. It is the last of the kept events."""
+        kept_B = num_kept(self.count_B, self.times_s_BW.shape[1] // 2)
+        return self.times_s_BW.gather(1, (kept_B - 1).clamp_min(0)[:, None])[:, 0]
+
     def sums(self, layer: int) -> Partial:
         return Partial(self.max_BLHK[:, layer], self.norm_BLHK[:, layer], self.sum_BLHKd[:, layer], self.clock_s_B)
 
@@ -170,6 +176,11 @@ class UserState:
 
     def _each(self, function) -> UserState:
         return UserState(self.fingerprint, *(function(getattr(self, name)) for name in _tensor_names()))
+
+
+def num_kept(count_B: torch.Tensor, chunk: int) -> torch.Tensor:
+    """How many of a user's newest events a state keeps one by one."""
+    return torch.where(count_B < chunk, count_B, chunk + count_B % chunk)
 
 
 def check_state(state: UserState, *, num_users: int, fingerprint: str | None) -> None:

@@ -19,12 +19,7 @@ from typing import NamedTuple
 import torch
 
 from elastic_rec.models.ops.causal_lda import Chunks
-from elastic_rec.models.towers.elastic.state import UserState
-
-
-def num_kept(count_B: torch.Tensor, chunk: int) -> torch.Tensor:
-    """How many of a user's newest events a state keeps one by one."""
-    return torch.where(count_B < chunk, count_B, chunk + count_B % chunk)
+from elastic_rec.models.towers.elastic.state import UserState, num_kept
 
 
 class Readings(NamedTuple):
