@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 class Command(NamedTuple):
     """module: what has its main(). config: the dataclass of its keys, as MODULE:CLASS; both below elastic_rec.pipeline.
-    The YAML beside it is configs/NAME.yaml."""
+    The YAML beside it is configs/NAME.yaml. help: one line for `elastic-rec --help`."""
 
     module: str
     config: str
+    help: str
 
     @property
     def config_class(self) -> type:
@@ -24,16 +25,24 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "ingest": Command("ingest", "config.data:IngestVerbConfig"),
-    "append": Command("ingest", "config.data:AppendConfig"),
-    "vacuum": Command("ingest", "config.data:VacuumConfig"),
-    "restore": Command("ingest", "config.data:RestoreConfig"),
-    "impressions": Command("ingest", "config.data:IngestVerbConfig"),
-    "describe": Command("describe", "config.data:DescribeConfig"),
-    "train": Command("train", "config.verbs:TrainConfig"),
-    "evaluate": Command("evaluate", "config.verbs:EvaluateConfig"),
-    "score": Command("score", "config.verbs:ScoreConfig"),
-    "demo": Command("demo", "config.verbs:DemoConfig"),
-    "verify": Command("verify", "config.data:VerifyConfig"),
-    "benchmark": Command("benchmark", "reports.benchmarks.config:BenchmarkConfig"),
+    "ingest": Command("ingest", "config.data:IngestVerbConfig", "raw events -> history store"),
+    "append": Command("ingest", "config.data:AppendConfig", "a day's events -> the next version of a store"),
+    "vacuum": Command("ingest", "config.data:VacuumConfig", "delete the files of old versions"),
+    "restore": Command("ingest", "config.data:RestoreConfig", "make an old version the current one"),
+    "impressions": Command("ingest", "config.data:IngestVerbConfig", "labelled impressions beside the histories"),
+    "describe": Command("describe", "config.data:DescribeConfig", "what is in a store, as a page and as figures"),
+    "train": Command("train", "config.verbs:TrainConfig", "history store -> trained model"),
+    "evaluate": Command(
+        "evaluate", "config.verbs:EvaluateConfig", "trained model -> metrics, beside counting baselines"
+    ),
+    "score": Command(
+        "score", "config.verbs:ScoreConfig", "trained model -> top-k items, or a score per candidate, in Parquet"
+    ),
+    "demo": Command("demo", "config.verbs:DemoConfig", "the whole pipeline on MovieLens-100K"),
+    "verify": Command(
+        "verify", "config.data:VerifyConfig", "read every byte of a store, run or scores, and compare digests"
+    ),
+    "benchmark": Command(
+        "benchmark", "reports.benchmarks.config:BenchmarkConfig", "speed and memory beside other models"
+    ),
 }
