@@ -35,8 +35,8 @@ class DataConfig:
     cuts: int = field(
         default=0,
         metadata={
-            "help": "0: a target behind every event (model.attention=causal or full); else prefixes drawn per user and "
-            "step, each with its target, all that model.attention=bidirectional can be trained on"
+            "help": "0: a target behind every event (a causal model.tower); else prefixes drawn per user and "
+            "step, each with its target, all that model.tower=elastic can be trained on"
         },
     )
     window: int = field(
