@@ -26,7 +26,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig  # +
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig  # +
 from elastic_rec.models.towers.elastic.tower import ElasticTower  # +
 
 NUM_GROUPS, PER_GROUP, NUM_COUNTRIES, NUM_DENSE, WIDTH = 8, 10, 30, 4, 16

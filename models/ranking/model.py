@@ -36,8 +36,8 @@ from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.ranking.config import RankingConfig, Sharing
 from elastic_rec.models.ranking.histories import QueryGap, build_history
 from elastic_rec.models.retrieval.model import EventEncoder, EventTable
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.state import UserState
 
 

@@ -27,11 +27,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.retrieval.softmax import SOFTMAX, SoftmaxKind
+from elastic_rec.models.towers.base import TowerOutput, build_tower
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import UserState
-from elastic_rec.models.towers.elastic.tower import TowerOutput, build_tower
 from elastic_rec.models.towers.elastic.windows import WindowedTower
 
 
@@ -174,15 +174,15 @@ class RetrievalModel(nn.Module):
         names = [table.name for table in tables]
         if not names or names[0] != "item" or len(set(names)) < len(names) or "candidate" in names:
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
-        if every_position and tower.attention is Attention.bidirectional:
+        if every_position and not tower.kind.is_causal:
             raise ValueError(
-                "data.targets=every_event with model.attention=bidirectional trains on the answer: set "
-                "model.attention=causal, or data.targets=sampled"
+                f"data.targets=every_event with model.tower={tower.tower} trains on the answer: set "
+                "model.tower=elastic_causal, or data.targets=sampled"
             )
-        if windows and tower.attention is not Attention.causal:
+        if windows and not tower.kind.has_states:
             raise ValueError(
                 "windows that carry a state (data.window) need a tower that can be continued: set "
-                "model.attention=causal, or data.window=0"
+                "model.tower=elastic_causal, or data.window=0"
             )
         # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
         # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.

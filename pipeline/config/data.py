@@ -36,8 +36,8 @@ class DataConfig:
     targets: Targets = field(
         default=Targets.every_event,
         metadata={
-            "help": "every_event: train on a target after every event (model.attention=causal or full). sampled: on "
-            "prefixes drawn per user and step, each with its target; model.attention=bidirectional needs it"
+            "help": "every_event: train on a target after every event (a causal model.tower). sampled: on prefixes drawn "
+            "per user and step, each with its target; model.tower=elastic needs it"
         },
     )
     prefixes_per_user: int = field(

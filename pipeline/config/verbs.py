@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
-from functools import partial
 
 from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.ingestion.config import TimeUnit
 from elastic_rec.feature_store.states.increments import LateEvents
 from elastic_rec.models.ranking.config import RankingConfig
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.config.data import DataConfig, Seen, check_local
 from elastic_rec.pipeline.config.training import LossConfig, OptimConfig, ParallelConfig, RunConfig
 
@@ -44,7 +43,7 @@ class TrainConfig:
         metadata={"help": "next_item: which item follows a history. ranking: labels of candidates shown (impressions)"},
     )
     data: DataConfig = field(default_factory=DataConfig)
-    model: TowerConfig = field(default_factory=partial(TowerConfig, attention=Attention.causal))
+    model: TowerConfig = field(default_factory=TowerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -53,14 +52,14 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.model.attention is Attention.full and self.memory.enabled:
-            raise ValueError("model.attention=full (SASRec) has no interest memory: set memory=off")
+        if self.memory.enabled and not self.model.kind.has_memory:
+            raise ValueError(f"model.tower={self.model.tower} has no interest memory: set memory=off")
         self.task = Task(self.task)
         every_event = self.task is Task.next_item and self.data.targets is Targets.every_event
-        if every_event and self.model.attention is Attention.bidirectional:
+        if every_event and not self.model.kind.is_causal:
             raise ValueError(
-                f"data.targets=every_event with model.attention={self.model.attention.value} would train on the "
-                "answer: set model.attention=causal, or data.targets=sampled"
+                f"data.targets=every_event with model.tower={self.model.tower} would train on the answer: set "
+                "model.tower=elastic_causal, or data.targets=sampled"
             )
 
 

@@ -11,7 +11,7 @@ from soak.trees import clear
 
 STORE = ["data=files", "data.ingest.context_columns=[action]", "data.ingest.num_buckets=4",
          "data.ingest.row_group_events=60", "data.ingest.threads=1"]  # fmt: skip
-CAUSAL = ["model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"]
+CAUSAL = ["model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"]
 STEADY = ["optim.final_lr_ratio=1", "run.checkpoint_every=4"]  # no schedule: more steps change no step before
 DAY_S = 86_400
 

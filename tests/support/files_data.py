@@ -15,7 +15,7 @@ from elastic_rec.pipeline.runtime.world import World
 from elastic_rec.pipeline.score import score
 from elastic_rec.pipeline.train import train
 
-CAUSAL = [*helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.targets=every_event"]
+CAUSAL = [*helpers.SMALL_TRAIN, "model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event"]
 
 
 def config_of(*overrides: str) -> TrainConfig:

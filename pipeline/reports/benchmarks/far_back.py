@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.feature_store.utils.atomic_write import write_json, write_text
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, Time, TowerConfig
-from elastic_rec.models.towers.elastic.tower import build_tower
+from elastic_rec.models.towers.base import build_tower
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.windows import WindowedTower
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.reports.benchmarks.far_back_set import FarBackConfig, draw
@@ -41,7 +41,7 @@ class Guesser(nn.Module):
 
     def __init__(self, far: FarBackConfig, tower: TowerConfig, memory: MemoryConfig):
         super().__init__()
-        self.carries = tower.attention is Attention.causal
+        self.carries = tower.kind.has_states
         self.items = nn.Embedding(far.num_items, tower.width)
         nn.init.normal_(self.items.weight, std=0.5 * tower.width**-0.5)
         self.norm = nn.LayerNorm(tower.width)
@@ -117,8 +117,8 @@ def evaluate(
 
 def compete(config: BenchmarkConfig, device: str, say: Callable[[str], None]) -> Iterator[Hits]:
     far, memory = config.far_back, config.memory
-    causal = replace(config.model, attention=Attention.causal, time=Time.none)
-    full, off = replace(causal, attention=Attention.full), replace(memory, enabled=False)
+    causal = replace(config.model, tower="elastic_causal", time=Time.none)
+    full, off = replace(causal, tower="sasrec"), replace(memory, enabled=False)
     within = min(far.train_distance, far.window * 3 // 4)  # with the noise before it, all of a history is in the window
     elastic = train(config, causal, memory, far.train_distance, device, say)
     sasrec = train(config, full, off, within, device, say)

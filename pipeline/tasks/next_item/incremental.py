@@ -32,7 +32,6 @@ from elastic_rec.feature_store.states.files import DamagedStates, StateFolder
 from elastic_rec.feature_store.states.increments import Increments, Span
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.store import StoreFile
-from elastic_rec.models.towers.elastic.config import Attention
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.config.verbs import ScoreConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
@@ -55,11 +54,11 @@ class Job:
     def __init__(
         self, task: NextItemTask, model: nn.Module, *, step: int, fingerprint: str, config: ScoreConfig
     ) -> None:
-        attention = task.config.model.attention
-        if attention is not Attention.causal:
+        tower = task.config.model
+        if not tower.kind.has_states:
             raise ConfigError(
-                f"mode=incremental, but the run was trained with model.attention={attention.value}, whose users have "
-                "no state to continue: set mode=full, or train with model.attention=causal"
+                f"mode=incremental, but the run was trained with model.tower={tower.tower}, whose users have "
+                "no state to continue: set mode=full, or train with model.tower=elastic_causal"
             )
         self.task, self.model, self.config = task, model, config
         settings = {

@@ -23,7 +23,7 @@ from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
 from elastic_rec.feature_store.table.schema import ARROW_TYPES
 from elastic_rec.feature_store.table.times import parse_time_s
-from elastic_rec.models.towers.elastic.config import Attention, Time
+from elastic_rec.models.towers.config import Time
 from elastic_rec.pipeline.config.data import Seen
 from elastic_rec.pipeline.config.verbs import ScoreConfig, ScoreMode, TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
@@ -37,9 +37,8 @@ from elastic_rec.pipeline.tasks.score_folder import ScoreFolder, job_of
 
 def scoring_config(run: TrainConfig, config: ScoreConfig) -> TrainConfig:
     """The run's config with what scoring reads of a history: how much of it, and how much at a time."""
-    is_causal = run.model.attention is Attention.causal
     if config.max_history is not None:
-        if run.model.attention is Attention.full and config.max_history != run.data.max_history:
+        if run.model.kind.has_positions and config.max_history != run.data.max_history:
             raise ConfigError(
                 f"max_history={config.max_history}, but the run's model has positions for {run.data.max_history} "
                 "events: leave max_history out"
@@ -47,7 +46,7 @@ def scoring_config(run: TrainConfig, config: ScoreConfig) -> TrainConfig:
         run.data.max_history = config.max_history or ALL
     if config.mode is ScoreMode.incremental:
         run.data.max_history = ALL
-    run.data.window = config.window if is_causal else 0
+    run.data.window = config.window if run.model.kind.has_states else 0
     return run
 
 

@@ -20,7 +20,7 @@ from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
-from elastic_rec.models.towers.elastic.config import Time
+from elastic_rec.models.towers.config import Time
 from elastic_rec.pipeline.config.verbs import TrainConfig
 from elastic_rec.pipeline.runtime.sharding import init_device
 from elastic_rec.pipeline.runtime.world import World

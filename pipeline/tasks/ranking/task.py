@@ -22,7 +22,7 @@ from elastic_rec.feature_store.utils.jagged import Bags
 from elastic_rec.models.ranking.config import History
 from elastic_rec.models.ranking.model import RankingModel
 from elastic_rec.models.retrieval.model import EventTable
-from elastic_rec.models.towers.elastic.config import Time
+from elastic_rec.models.towers.config import Time
 from elastic_rec.pipeline.config.verbs import TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.finite import require_finite

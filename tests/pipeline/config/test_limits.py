@@ -17,7 +17,7 @@ from elastic_rec.feature_store.ingestion.config import IngestConfig
 from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.utils import limits
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.config.training import ParallelConfig, RunConfig
 from elastic_rec.pipeline.config.verbs import EvaluateConfig, ScoreConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
@@ -80,10 +80,10 @@ def test_more_parts_than_names():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: TowerConfig(width=10**8), "model.width = 100000000: set it to 1 or more, at most 16384"),
+        (lambda: TowerConfig(width=10**8), "model.width=100000000: set at least 1, at most 16384"),
         (lambda: TowerConfig(chunk=10**9), "model.chunk"),
         (lambda: TowerConfig(experts=10**7), "model.experts"),
-        (lambda: MemoryConfig(num_keys=10**6), "memory.num_keys = 1000000: set it to 1 or more, at most 32768"),
+        (lambda: MemoryConfig(num_keys=10**6), "memory.num_keys=1000000: set at least 1, at most 32768"),
         (lambda: ScoreConfig(k=10**12), "k=1000000000000: set it to at most 100000"),
         (lambda: ScoreConfig(part_rows=10**12), "part_rows"),
         (lambda: EvaluateConfig(k=[10, 10**12]), "at most 100000"),

@@ -42,7 +42,7 @@ def made(verbs, tmp_path_factory) -> Path:
 
 
 def train(folder: Path) -> list[str]:
-    causal = ["model.attention=causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
+    causal = ["model.tower=elastic_causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
     return [*helpers.SMALL_TRAIN, *causal, f"data.store={folder}/items/store"]
 
 

@@ -31,7 +31,7 @@ def verbs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def train(tmp_path_factory) -> list[str]:
     store = helpers.make_store(tmp_path_factory.mktemp("data"))
-    causal = ["model.attention=causal", "data.targets=every_event", "model.chunk=4"]
+    causal = ["model.tower=elastic_causal", "data.targets=every_event", "model.chunk=4"]
     fixed = ["data.columns=[action]", "optim.epochs=20", "run.keep_last=9", "optim.patience=0", *causal]
     return [*helpers.SMALL_TRAIN, f"data.store={store}", f"optim.max_steps={STEPS}", *fixed]
 

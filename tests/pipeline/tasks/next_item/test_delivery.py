@@ -31,7 +31,7 @@ from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.score import score
 
 NEW_ITEM = 999  # first seen on day 1: the run has no row for it
-CAUSAL = ["model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.max_history=64"]
+CAUSAL = ["model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event", "data.max_history=64"]
 
 
 class Served(NamedTuple):

@@ -26,7 +26,8 @@ from elastic_rec.pipeline.score import score
 
 DAYS, BUCKETS, DAY_S = 31, 4, 86_400
 CAUSAL = [
-    *helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"
+    *helpers.SMALL_TRAIN, "model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event",
+    "data.columns=[action]",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.models.ranking.config import RankingConfig
 from elastic_rec.models.ranking.model import RankingModel
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.config.data import DataConfig
 from elastic_rec.pipeline.config.verbs import ScoreConfig, Task, TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError, NonFiniteError
@@ -50,7 +50,7 @@ def make_task(folder: Path, world: World, valid_time: str = "70%", test_time: st
             columns=["action"],
             impression_split=ImpressionSplit(valid_time=valid_time, test_time=test_time),
         ),
-        model=TowerConfig(width=16, experts=2, attention="causal"),
+        model=TowerConfig(width=16, experts=2, tower="elastic_causal"),
         memory=MemoryConfig(num_keys=8),
         ranking=RankingConfig(hidden=[8]),
     )
