@@ -11,8 +11,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from elastic_rec.pipeline.config import data as data_schema
-from elastic_rec.pipeline.config import verbs as schema
+from elastic_rec.configs.options import bounds_of
+from elastic_rec.pipeline.config.data import IngestVerbConfig
+from elastic_rec.pipeline.config.demo import DemoConfig
+from elastic_rec.pipeline.config.describe import DescribeConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.score import FullScoreConfig, IncrementalScoreConfig, RankingScoreConfig
+from elastic_rec.pipeline.config.train import TrainConfig
+from elastic_rec.pipeline.config.verify import VerifyConfig
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
 
 TARGET = Path("docs/reference/config.md")
@@ -25,18 +31,21 @@ A key is set on the command line (`optim.epochs=3`), by a group (`model=base`, a
 experiment (`experiment=ml1m`, a file in `configs/experiment/`). A key that is not listed here is refused.
 """
 VERBS = {
-    "ingest": data_schema.IngestVerbConfig,
-    "describe": data_schema.DescribeConfig,
-    "train": schema.TrainConfig,
-    "evaluate": schema.EvaluateConfig,
-    "score": schema.ScoreConfig,
-    "demo": schema.DemoConfig,
-    "verify": data_schema.VerifyConfig,
+    "ingest": IngestVerbConfig,
+    "describe": DescribeConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "score": FullScoreConfig,
+    "score incremental": IncrementalScoreConfig,
+    "score ranking": RankingScoreConfig,
+    "demo": DemoConfig,
+    "verify": VerifyConfig,
     "benchmark": BenchmarkConfig,
 }
 
 
 def reference() -> str:
+    """The page: a table for each verb, with the keys that no verb before it has."""
     parts = [HEAD]
     seen: set[str] = set()
     for verb, config in VERBS.items():
@@ -58,7 +67,9 @@ def _rows(config: Any, prefix: str):
         if is_dataclass(kind):
             yield from _rows(default, f"{prefix}{f.name}.")
             continue
-        yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {f.metadata['help'].replace('|', '/')} |"
+        bounds = bounds_of(f.metadata)
+        meaning = f.metadata["help"].replace("|", "/") + (f" ({bounds})" if bounds else "")
+        yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {meaning} |"
 
 
 def _type(kind: Any) -> str:

@@ -13,7 +13,8 @@ from elastic_rec.feature_store.batches.splits import SplitConfig
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, TrainConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import start_world
