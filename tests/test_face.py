@@ -51,7 +51,7 @@ def test_importing_the_root_loads_neither_torch_nor_arrow(tmp_path):
 def test_command_lists_its_verbs_and_each_has_a_script(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["elastic-rec", "--help"])
     command.main()
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    listed = [line[2:20].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert listed == list(COMMANDS)
     scripts = {path.stem for path in (ROOT / "pipeline").glob("*.py") if "verb(" in path.read_text()}
     assert {each.module for each in COMMANDS.values()} == scripts

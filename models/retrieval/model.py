@@ -29,7 +29,6 @@ from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.retrieval.softmax import SOFTMAX, SoftmaxKind
 from elastic_rec.models.towers.base import TowerOutput, build_tower
 from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import UserState
 from elastic_rec.models.towers.elastic.windows import WindowedTower
@@ -228,14 +227,14 @@ class RetrievalModel(nn.Module):
         output, state = self.fold(batch, state)
         return self.ask(output, batch.query_gap_s), state
 
-    def fold(self, batch, state: UserState) -> tuple[CausalOutput, UserState]:
+    def fold(self, batch, state: UserState) -> tuple[TowerOutput, UserState]:
         """Causal only. The batch's events are those since `state`: (the tower's output after them, the next states)."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
             tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
             return self.tower.step(*tokens, state, every=False)
 
-    def ask(self, output: TowerOutput | CausalOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
+    def ask(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
         """The query (R, D) so many seconds after the newest event; -1: unknown."""
         with self.autocast():
             return self.head(output, query_gap_s_R).float()

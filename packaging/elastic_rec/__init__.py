@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from elastic_rec.models.towers.elastic.causal_tower import CausalTower
     from elastic_rec.models.towers.elastic.tower import ElasticTower
     from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig
-    from elastic_rec.pipeline.config.verbs import TrainConfig
+    from elastic_rec.pipeline.config.train import TrainConfig
     from elastic_rec.pipeline.runs import Run, UserStates, load
 
 _HOMES = {
@@ -44,7 +44,7 @@ _HOMES = {
     "ElasticTower": "models.towers.elastic.tower",
     "Sasrec": "models.towers.sasrec",
     "SasrecConfig": "models.towers.sasrec",
-    "TrainConfig": "pipeline.config.verbs",
+    "TrainConfig": "pipeline.config.train",
     "Run": "pipeline.runs",
     "UserStates": "pipeline.runs",
     "load": "pipeline.runs",

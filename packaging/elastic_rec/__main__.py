@@ -16,7 +16,7 @@ from elastic_rec.pipeline.config.commands import COMMANDS
 
 def usage() -> str:
     """The verbs, a line each."""
-    lines = [f"  {name:<12}{command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<18}{command.help}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: elastic-rec VERB [key=value ...]; elastic-rec VERB --help lists its keys", "", *lines])
 
 
@@ -27,7 +27,8 @@ def main() -> None:
         print(usage())
         return
     if arguments[0] not in COMMANDS:
-        print(f"elastic-rec: no verb {arguments[0]!r}; it is one of {', '.join(COMMANDS)}", file=sys.stderr)
+        verbs = ", ".join(name for name in COMMANDS if " " not in name)
+        print(f"elastic-rec: no verb {arguments[0]!r}; it is one of {verbs}", file=sys.stderr)
         sys.exit(2)
     name, module = arguments[0], COMMANDS[arguments[0]].module
     sub_command = [name] if name != module else []

@@ -30,17 +30,19 @@ COMMANDS = {
     "vacuum": Command("ingest", "config.data:VacuumConfig", "delete the files of old versions"),
     "restore": Command("ingest", "config.data:RestoreConfig", "make an old version the current one"),
     "impressions": Command("ingest", "config.data:IngestVerbConfig", "labelled impressions beside the histories"),
-    "describe": Command("describe", "config.data:DescribeConfig", "what is in a store, as a page and as figures"),
-    "train": Command("train", "config.verbs:TrainConfig", "history store -> trained model"),
+    "describe": Command("describe", "config.describe:DescribeConfig", "what is in a store, as a page and as figures"),
+    "train": Command("train", "config.train:TrainConfig", "history store -> trained model"),
     "evaluate": Command(
-        "evaluate", "config.verbs:EvaluateConfig", "trained model -> metrics, beside counting baselines"
+        "evaluate", "config.evaluate:EvaluateConfig", "trained model -> metrics, beside counting baselines"
     ),
-    "score": Command(
-        "score", "config.verbs:ScoreConfig", "trained model -> top-k items, or a score per candidate, in Parquet"
+    "score": Command("score", "config.score:FullScoreConfig", "trained model -> top-k items of every user, in Parquet"),
+    "score incremental": Command(
+        "score", "config.score:IncrementalScoreConfig", "the same, from states and new events"
     ),
-    "demo": Command("demo", "config.verbs:DemoConfig", "the whole pipeline on MovieLens-100K"),
+    "score ranking": Command("score", "config.score:RankingScoreConfig", "a score for each candidate of given lists"),
+    "demo": Command("demo", "config.demo:DemoConfig", "the whole pipeline on MovieLens-100K"),
     "verify": Command(
-        "verify", "config.data:VerifyConfig", "read every byte of a store, run or scores, and compare digests"
+        "verify", "config.verify:VerifyConfig", "read every byte of a store, run or scores, and compare digests"
     ),
     "benchmark": Command(
         "benchmark", "reports.benchmarks.config:BenchmarkConfig", "speed and memory beside other models"

@@ -26,6 +26,7 @@ experiment (`experiment=ml1m`, a file in `configs/experiment/`). A key that is n
 
 
 def reference() -> str:
+    """The page: a table for each verb, with the keys that no verb before it has."""
     parts = [HEAD]
     seen: set[str] = set()
     for verb, command in COMMANDS.items():
@@ -48,8 +49,9 @@ def _rows(config: Any, prefix: str):
         if is_dataclass(kind):
             yield from _rows(default, f"{prefix}{f.name}.")
             continue
-        meaning = f.metadata["help"] + (f" ({bounds})" if (bounds := bounds_of(f.metadata)) else "")
-        yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {meaning.replace('|', '/')} |"
+        bounds = bounds_of(f.metadata)
+        meaning = f.metadata["help"].replace("|", "/") + (f" ({bounds})" if bounds else "")
+        yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {meaning} |"
 
 
 def _type(kind: Any) -> str:

@@ -156,12 +156,12 @@ def score_full(lab: Lab, then: Call | None = None) -> Call:
 
 def score_incremental(lab: Lab, then: Call | None = None) -> Call:
     where = [*_settings(lab.run, lab.trial), f"store={lab.trial}/store"]
-    return verb("score", *where, "mode=incremental", then=then)
+    return verb("score", "incremental", *where, then=then)
 
 
 def score_ranking(lab: Lab, then: Call | None = None) -> Call:
     where = [f"store={lab.ranking}/store", f"candidates={lab.ranking}/lists.parquet", "part_rows=40"]
-    return verb("score", *_settings(lab.ranking / "run", lab.trial), *where, "task=ranking", then=then)
+    return verb("score", "ranking", *_settings(lab.ranking / "run", lab.trial), *where, then=then)
 
 
 def scored_yesterday(lab: Lab) -> Path:

@@ -5,7 +5,7 @@ given, and looking them up is a contestant of its own, the bare gather.
 
 inference: torch.inference_mode, eval mode.
 training:  forward, a loss on what the form is trained by (every event's output; the paper form: the summary), backward
-           into weights and events. No optimiser step.
+           into weights and events. No optimizer step.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Arena:
 
     def _gather(self, mode: str, events: int) -> Callable[[], None]:
         """Other events at each call, or a short history would be read from the processor's cache.
-        Training: gather and sparse gradient; adding it to the table is the optimiser's."""
+        Training: gather and sparse gradient; adding it to the table is the optimizer's."""
         calls = max(2, 2**20 // events)
         ids = cycle(torch.randint(0, self.gather_rows, (calls, events)).to(self.device).unbind(0))
         grad_TD = torch.ones(events, self.model.width, device=self.device)

@@ -71,7 +71,7 @@ def train(
     torch.manual_seed(config.seed)
     far, generator = config.far_back, torch.Generator().manual_seed(config.seed)
     guesser = Guesser(far, tower, memory)
-    optimiser = torch.optim.Adam(guesser.parameters(), far.learning_rate)
+    optimizer = torch.optim.Adam(guesser.parameters(), far.learning_rate)
     guesser.to(device).train()
     start, nearest = time.perf_counter(), min(64, farthest)
     for step in range(far.steps):
@@ -79,9 +79,9 @@ def train(
         distance = int(16 * (limit / 16) ** float(torch.rand((), generator=generator)))
         questions = draw(far, max(16, far.step_events // distance), distance, generator)
         loss = F.cross_entropy(guesser(questions.items_BN.to(device)), questions.targets_B.to(device))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 50 == 0 or step + 1 == far.steps:
             say(f"  step {step}  distance {distance:,}  loss {loss:.3f}  {time.perf_counter() - start:.0f} s")
     return guesser.eval()

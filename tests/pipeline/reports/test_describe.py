@@ -21,7 +21,7 @@ from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfi
 from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.inspection.statistics import measure
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.pipeline.config.data import DescribeConfig
+from elastic_rec.pipeline.config.describe import DescribeConfig
 from elastic_rec.pipeline.describe import target_of
 from elastic_rec.pipeline.reports.store_figures import duration, store_figures
 from elastic_rec.pipeline.reports.store_page import page

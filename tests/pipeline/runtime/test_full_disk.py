@@ -55,8 +55,14 @@ def command(name: str, made: Path, place: Path) -> list[str]:
         "train": ["train", *train(made), f"run.dir={place}/run"],
         "evaluate": ["evaluate", f"run={place}/run"],
         "full": run,
-        "incremental": [*run, "mode=incremental", f"store={made}/items/store"],
-        "ranking": ["score", f"run={made}/ranking-run", f"candidates={made}/lists.parquet", f"out={place}/ranking"],
+        "incremental": ["score", "incremental", *run[1:], f"store={made}/items/store"],
+        "ranking": [
+            "score",
+            "ranking",
+            f"run={made}/ranking-run",
+            f"candidates={made}/lists.parquet",
+            f"out={place}/ranking",
+        ],
         "describe": ["describe", f"store={made}/items/store", f"out={place}/page.html"],
     }[name]
 

@@ -82,11 +82,12 @@ def test_training_is_saved_and_goes_on_as_if_nothing_had_been(verbs, train, unbr
     [
         ("evaluate", [], ("batch 0 of test", 1)),
         ("score", ["out={}/scores"], ("batch 1 of a part", 3)),
-        ("score", ["out={}/states", "mode=incremental"], ("batch 1 of a part", 3)),
+        ("score incremental", ["out={}/states"], ("batch 1 of a part", 3)),
     ],
 )
 def test_evaluate_and_score_end_and_a_rerun_goes_on(verbs, unbroken, tmp_path, verb, arguments, beat):
-    arguments = [f"run={unbroken}", *(argument.format(tmp_path) for argument in arguments)]
+    verb, *command = verb.split()
+    arguments = [*command, f"run={unbroken}", *(argument.format(tmp_path) for argument in arguments)]
     done = verbs.run(verb, *arguments, at=(*beat, signal.SIGINT))
     assert done.code == 75 and done.last == ENDED.format("SIGINT") and "Traceback" not in done.err
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]

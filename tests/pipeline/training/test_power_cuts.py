@@ -99,7 +99,7 @@ def test_incremental_scores_and_states(world, run, tmp_path, monkeypatch):
     """States that reflect today's events never last without the part that was made from them."""
     root = tmp_path / "root"
     shutil.copytree(run.parent / "store", root / "store")
-    out, settings = root / "scores", {"mode": "incremental", "store": str(root / "store")}
+    out, settings = root / "scores", {"kind": "incremental", "store": str(root / "store")}
     score_run(world, run, out, **settings)
     today = pa.table({"user_id": np.arange(1, 41), "item_id": np.arange(40) % 60 + 100, "timestamp": [2_000_000] * 40})
     today = today.append_column("action", pa.array(["view"] * 40))
@@ -144,8 +144,8 @@ def test_checkpoints(world, run, tmp_path, monkeypatch):
     save, root = Checkpoints.save, tmp_path / "root"
     root.mkdir()
 
-    def saved(checkpoints, model, optimiser, about, **kwargs):
-        save(checkpoints, model, optimiser, about, **kwargs)
+    def saved(checkpoints, model, optimizer, about, **kwargs):
+        save(checkpoints, model, optimizer, about, **kwargs)
         cut.acknowledge(str(about["step"]))
 
     with PowerCut(root) as cut, monkeypatch.context() as patch:

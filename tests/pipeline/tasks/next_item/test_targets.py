@@ -14,7 +14,8 @@ from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
 from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, TrainConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import start_world
