@@ -19,6 +19,7 @@ from elastic_rec.configs.stack import describe_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "feature_store", "models", "pipeline")
+FACE = "packaging/elastic_rec"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -44,7 +45,7 @@ def test_package_list_is_the_tree():
     without_init = [str(folder) for folder in folders if not (ROOT / folder / "__init__.py").is_file()]
     assert without_init == []
     in_tree = {".".join(("elastic_rec", *folder.parts)) for folder in folders}
-    assert in_tree == set(PROJECT["tool"]["setuptools"]["packages"])
+    assert in_tree | {"elastic_rec"} == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
 def test_git_ignores_no_file_of_the_package():
@@ -62,7 +63,7 @@ def wheel(tmp_path_factory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for room in ROOMS:
+    for room in (*ROOMS, FACE):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(source)]
     done = subprocess.run([sys.executable, *build], capture_output=True, text=True)
@@ -73,7 +74,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_every_module_and_yaml_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = [path for room in ROOMS for path in python_files(room)] + sorted((ROOT / "configs").rglob("*.yaml"))
-    assert names == {"elastic_rec/" + path.relative_to(ROOT).as_posix() for path in expected}
+    face = [path.relative_to(ROOT / FACE) for path in [*python_files(FACE), ROOT / FACE / "py.typed"]]
+    assert names == {"elastic_rec/" + path.as_posix() for path in [*(p.relative_to(ROOT) for p in expected), *face]}
 
 
 def test_every_module_imports_from_the_wheel_in_a_foreign_folder(wheel, tmp_path):
@@ -86,6 +88,8 @@ def test_every_module_imports_from_the_wheel_in_a_foreign_folder(wheel, tmp_path
         "import importlib, sys\n"
         f"loaded = [importlib.import_module(name) for name in {modules!r}]\n"
         "print(sorted({module.__file__.split('/elastic_rec/')[0] for module in loaded}))\n"
+        "import elastic_rec\n"
+        "assert elastic_rec.CausalTower and elastic_rec.Store\n"
     )
     path = os.pathsep.join([str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -7,7 +7,7 @@ I impressions, C candidates of all impressions, L labels.
     events T         a b c d e f                 g h i        newest ones before the group's last impression
     impressions I    i0 (sees a b c)             i2 (sees g h i)
                      i1 (sees b c d e f)                      starts, ends: spans of the T axis
-    candidates C     x y | z                     v w          candidate_offsets, labels (C, L)
+    candidates C     x y | z                     v w          offsets [0, 2, 3, 5], labels (C, L)
 
 A history is in the batch once, however many impressions see it.
 """

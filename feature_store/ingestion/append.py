@@ -1,53 +1,50 @@
-"""A new day's events folded into a store: the next generation, all or nothing.
+"""A new day's events folded into a store: the next version, all or nothing.
 
 Buckets that get events are written anew beside the old ones (copy-on-write), the others are shared. Data files first,
-then their manifest, then manifest.json (versions.py): whatever moment the process dies at, the current generation
+then their manifest, then manifest.json (versions.py): whatever moment the process dies at, the current version
 stays whole, and running the append again finishes it.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from elastic_rec.feature_store.ingestion.checks import Policy
-from elastic_rec.feature_store.ingestion.contents import write_sorted, write_vocabularies
-from elastic_rec.feature_store.ingestion.create import IngestConfig, TimeUnit
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.merge import MergeEngine
+from elastic_rec.feature_store.ingestion.sources import NAMED_ROLES
+from elastic_rec.feature_store.ingestion.writer import write_sorted, write_vocabularies
 from elastic_rec.feature_store.table import schema
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.manifest import check_digest, put_in_place
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.feature_store.table.versions import append_folder, next_generation, publish, writing
+from elastic_rec.feature_store.table.versions import append_folder, next_version, publish, writing
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.feature_store.utils.credentials import mask_credentials
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.progress import peak_memory_bytes
 
 
-def append(config: IngestConfig) -> dict:
-    """Adds config.input to the store at config.out. Returns figures; DataError leaves the store as it was.
-
-    Columns, time unit, buckets and row groups are those the store was made with.
-    """
+def append(config: AppendConfig) -> dict:
+    """Adds config.input to the store at config.store. Returns figures; DataError leaves the store as it was."""
     began = time.perf_counter()
-    with writing(config.out) as root:
+    with writing(config.store) as root:
         base = Store.open(root)
-        config = _settled(config, base)
+        settings = _settings(config, base)
         paths, format = find_inputs(config.input, format=config.format.value)
-        if not config.force and config.event_id_column is None:
+        if not config.force and settings.event_id_column is None:
             _refuse_known(paths, base)
         with append_folder(root) as work:
-            merged = _merge(config, base, paths, format, work)
+            merged = _merge(settings, base, paths, format, work)
             figures = _publish(base, merged, work) if merged.counts else _nothing_new(base, merged)
     seconds = time.perf_counter() - began
     rate = round(figures["read_events"] / seconds)
     peak = peak_memory_bytes()
     return {
-        "store": str(config.out),
+        "store": str(config.store),
         **figures,
         "seconds": round(seconds, 3),
         "events_per_s": rate,
@@ -55,17 +52,17 @@ def append(config: IngestConfig) -> dict:
     }
 
 
-def _settled(config: IngestConfig, base: Store) -> IngestConfig:
-    """config with the store's own settings; DataError where config asks for others, or the store cannot grow."""
+def _settings(config: AppendConfig, base: Store) -> IngestConfig:
+    """How the store was made, for new input; DataError where the store cannot grow."""
     stored = base.manifest
     if "row_group_events" not in stored:
-        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest it anew (mode=create)")
+        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest everything anew")
     columns, filters = stored["source"]["columns"], stored["filters"]
     for name in ("min_user_events", "min_item_events", "max_history"):
         if (value := filters.get(name, none := getattr(IngestConfig(), name))) > none:
             raise DataError(
                 f"{base.path} was made with {name}={value}: what was dropped then is not in it and might be kept "
-                f"today. Make the store with {name}={none} to append to it, or ingest everything anew (mode=create)"
+                f"today. Make the store with {name}={none} to append to it, or ingest everything anew"
             )
     for name in ("out_of_order", "gaps"):
         if getattr(config.checks, name) is Policy.drop:
@@ -73,35 +70,29 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
                 f"checks.{name}=drop would look at the new events alone; append with keep (late events are put in "
                 "their place), or fail"
             )
-    settled = {
-        "name": stored["name"],
-        "user_column": columns["user"],
-        "item_column": columns["item"],
-        "timestamp_column": columns["timestamp"],
-        "event_id_column": columns.get("event_id"),
-        "context_columns": [c for c in columns if c not in ("user", "item", "timestamp", "event_id")],
-        "timestamp_unit": TimeUnit(stored["time_unit"]),
-        "num_buckets": stored["num_buckets"],
-        "row_group_events": stored["row_group_events"],
-        "min_user_events": 1,
-        "min_item_events": 1,
-        "max_history": 0,
-        "first_time": filters.get("first_time"),
-        "end_time": filters.get("end_time"),
-        "min_vocabulary_count": filters.get("min_vocabulary_count", 1),
-    }
-    default = IngestConfig()
-    for name, value in settled.items():
-        given = getattr(config, name)
-        if given not in (value, getattr(default, name)):  # a setting left alone cannot be told from the default
-            raise DataError(f"{name}={given}, but {base.path} was made with {value}; leave {name} out")
-    return replace(config, **settled)
+    return IngestConfig(
+        input=config.input,
+        format=config.format,
+        checks=config.checks,
+        memory_limit=config.memory_limit,
+        threads=config.threads,
+        user_column=columns["user"],
+        item_column=columns["item"],
+        timestamp_column=columns["timestamp"],
+        event_id_column=columns.get("event_id"),
+        context_columns=[name for name in columns if name not in NAMED_ROLES],
+        timestamp_unit=stored["time_unit"],
+        row_group_events=stored["row_group_events"],
+        first_time=filters.get("first_time"),
+        end_time=filters.get("end_time"),
+        min_vocabulary_count=filters.get("min_vocabulary_count", 1),
+    )
 
 
 def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
     taken = [entry for entry in base.manifest["source"]["files"] if entry["events"]]
-    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, generation {entry['generation']}" for entry in taken}
+    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, version {entry['generation']}" for entry in taken}
     sizes = {entry["bytes"] for entry in taken}
     for path in paths:
         if path.size() in sizes and (digest := path.digest()) in known:
@@ -174,7 +165,7 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
 
 
 def _publish(base: Store, merged: Merged, work: Path) -> dict:
-    """The next generation, from the files in `work`; returns its figures."""
+    """The next version, from the files in `work`; returns its figures."""
     root, counts = base.path, merged.counts
     expected = _num_events(merged.old) + counts["appended_events"]
     if (found := _num_events(merged.data)) != expected:
@@ -182,7 +173,7 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
             f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
             "program: please report it with the input"
         )
-    number = next_generation(root)
+    number = next_version(root)
     data = put_in_place(merged.data, work, root)
     names, entries = list(merged.vocabularies), list(merged.vocabularies.values())
     vocabularies = dict(zip(names, put_in_place(entries, work, root), strict=True))
@@ -212,7 +203,7 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
     written_bytes = data_bytes + sum(entry["bytes"] for entry in vocabularies.values())
     appended_bytes = data_bytes * counts["appended_events"] / expected
     return {
-        "generation": number,
+        "version": number,
         "hash": manifest["hash"],
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,
@@ -231,9 +222,9 @@ def _num_events(entries: list[dict]) -> int:
 
 
 def _nothing_new(base: Store, merged: Merged) -> dict:
-    """Every event was there already, or dropped: the current generation stays the current one."""
+    """Every event was there already, or dropped: the current version stays the current one."""
     return {
-        "generation": base.generation,
+        "version": base.version,
         "hash": base.manifest["hash"],
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,

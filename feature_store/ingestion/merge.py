@@ -46,7 +46,7 @@ class MergeEngine(DuckEngine):
             if wrong is not None:
                 raise DataError(
                     f"input has {role} {wrong!r}, but {self._base.path} holds integers there; drop such rows, or "
-                    "ingest everything anew (mode=create)"
+                    "ingest everything anew"
                 )
 
     def touched_buckets(self) -> set[int]:
@@ -70,7 +70,7 @@ class MergeEngine(DuckEngine):
         return dropped
 
     def fold(self, *, min_vocabulary_count: int = 1) -> dict[str, int]:
-        """Makes the vocabularies of the new generation: old indices stay, counts grow, new ids follow by count, then
+        """Makes the vocabularies of the new version: old indices stay, counts grow, new ids follow by count, then
         id, if they have min_vocabulary_count events here (users always). Returns counts of new events, users and items,
         and of users and items in all."""
         figures = {"appended_events": self._one("SELECT count(*) FROM raw")}

@@ -1,4 +1,4 @@
-"""The run-cutter: sorted events in, one row per user out. Independent of the engine that sorted them.
+"""The writer: sorted events in, one row per user out. Independent of the engine that sorted them.
 
     bucket   0 0 0 0 0 1 1 ...          bucket=0000/part-000.parquet
     user_id  a a a b b c c ...    ->      a | [e0 e1 e2]
@@ -20,6 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.ingestion.checks import ChecksConfig, OrderWatch
+from elastic_rec.feature_store.ingestion.engines.base import IngestEngine
+from elastic_rec.feature_store.table import manifest
 from elastic_rec.feature_store.table.schema import EVENTS, TIMESTAMP, USER, leaf_path
 from elastic_rec.feature_store.utils.jagged import run_starts
 from elastic_rec.feature_store.utils.prefetch import prefetch
@@ -162,3 +165,53 @@ def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         column_encoding={leaf_path(TIMESTAMP): "DELTA_BINARY_PACKED"},
         write_page_checksum=True,  # the reader checks it: a flipped bit is an error, not a wrong item
     )
+
+
+def write_sorted(
+    batches: Iterable[pa.RecordBatch],
+    *,
+    root: Path,
+    schema: pa.Schema,
+    row_group_events: int,
+    checks: ChecksConfig,
+    unit: str,
+    num_events: int = 0,
+) -> tuple[list[dict], dict[str, int]]:
+    """Sorted events -> data files under root. Returns what the manifest says of each, and counts of the checks that
+    look at whole histories. num_events is for the progress bar."""
+    watch = OrderWatch(checks, unit)
+    written = write_histories(
+        batches, root=root, schema=schema, row_group_events=row_group_events, watch=watch, num_events=num_events
+    )
+    return [_describe_written(root, file) for file in written], watch.counts
+
+
+def write_vocabularies(engine: IngestEngine, columns: list[str], root: Path) -> dict[str, dict]:
+    (root / "vocab").mkdir()
+    entries = {}
+    for column in columns:
+        path = root / "vocab" / f"{column}.parquet"
+        vocabulary = engine.vocabulary(column)
+        vocabulary.write(path)
+        described = manifest.describe_file(root, path)
+        entries[column] = {"size": vocabulary.size, "type": engine.id_type(column), **described}
+    return entries
+
+
+def describe_schema(store_schema: pa.Schema) -> dict:
+    leaves = store_schema.field(EVENTS).type.value_type
+    return {
+        USER: str(store_schema.field(USER).type),
+        EVENTS: {leaf.name: str(leaf.type) for leaf in leaves},
+    }
+
+
+def _describe_written(root: Path, file: WrittenFile) -> dict:
+    return {
+        **manifest.describe_data_file(root, file.path),
+        "num_users": sum(users for users, _ in file.row_groups),
+        "num_events": sum(events for _, events in file.row_groups),
+        "row_groups": [list(group) for group in file.row_groups],
+        "min_time": file.min_time,
+        "max_time": file.max_time,
+    }

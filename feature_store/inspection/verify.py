@@ -13,7 +13,7 @@ from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.manifest import (
     MANIFEST,
     check_digest,
-    filed_generations,
+    filed_versions,
     load_manifest,
     named_files,
 )
@@ -40,16 +40,16 @@ class Findings:
 
 
 def verify_store(root: Location, findings: Findings) -> None:
-    """Checks every generation that the store at `root` keeps, its impressions, and the states of all models.
+    """Checks every version that the store at `root` keeps, its impressions, and the states of all models.
 
     DataError where there is no store.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     data, vocabularies = {}, {}
-    for generation in [None, *filed_generations(root)]:
+    for version in [None, *filed_versions(root)]:
         with findings.about("manifests"):
-            manifest = load_manifest(root, generation)
+            manifest = load_manifest(root, version)
             data |= {(entry["path"], entry["sha256"]): entry for entry in manifest["files"]}
             vocabularies |= {(entry["path"], entry["sha256"]): entry for entry in manifest["vocabularies"].values()}
     for kind, entries in (("data_files", data), ("vocabularies", vocabularies)):

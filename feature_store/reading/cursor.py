@@ -13,7 +13,7 @@ from elastic_rec.feature_store.utils.errors import DataError
 class Cursor:
     """A place in an epoch. rows: users of its global order that all ranks have consumed (of impressions: groups).
 
-    manifest_hash: of the store's generation, and so of every byte of it.
+    manifest_hash: of the store's version, and so of every byte of it.
     """
 
     seed: int
@@ -29,9 +29,9 @@ class Cursor:
         if store.manifest["hash"] != self.manifest_hash:
             raise DataError(
                 f"{store.path}: the cursor was taken on the manifest {self.manifest_hash[:12]}, this one is "
-                f"{store.manifest['hash'][:12]} (generation {store.generation}): open the generation it was taken on"
+                f"{store.manifest['hash'][:12]} (version {store.version}): open the version it was taken on"
             )
         # Again, although the store is open: a file may have gone or been cut since.
-        manifest = read_manifest(store.path, store.generation)
+        manifest = read_manifest(store.path, store.version)
         for entry in manifest["files"][rank::world_size]:
             check_digest(store.path, entry)

@@ -5,8 +5,8 @@
 One folder per model (its fingerprint) and storage type, one file per bucket of the store, its users in the bucket's
 order. A file is written aside and renamed. That rename says that the events are folded in: after a crash the same
 events are folded into the states as they were. Its metadata name the data file it reflects, by sha256, and the input
-files of that data, which tells apart the states of a store that was rolled back and went on differently. They also hold
-a CRC-32 of each row group's content, and one of themselves, so that no damage is folded in.
+files of that data. These tell apart the states of a store that was restored to an earlier version and went on
+differently. They also hold a CRC-32 of each row group's content, and one of themselves, so that no damage is folded in.
 
 A state is bytes, all of one length; this room does not know what is in them.
 """

@@ -181,7 +181,7 @@ class Increments:
 
     @cached_property
     def _folded_file(self) -> Location | None:
-        """The data file that the states reflect; None where a compaction deleted it, or it is not as it was."""
+        """The data file that the states reflect; None where a vacuum deleted it, or it is not as it was."""
         path, digest = self.states.about["path"], self.states.about["data"]
         if not DATA_FILE.fullmatch(path) or not (self.store.path / path).is_file():
             return None

@@ -4,7 +4,7 @@
     now       a  b  c  x  d  e  f      x came late; e and f are new
 
 A watermark alone only says how many there are. Which ones is told by the data file the state was made from, which
-stands on disk until a compaction deletes it.
+stands on disk until a vacuum deletes it.
 """
 
 from __future__ import annotations

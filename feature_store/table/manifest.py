@@ -6,9 +6,9 @@
      vocabularies: {column: {path, size, type, bytes, sha256}}, source, filters, checks, generation, hash}
 
 `footer` is the sha256 of a Parquet file's footer, which has no checksum of its own as the pages have.
-`checks` counts what was found in the events that came with this generation (checks.py).
+`checks` counts what was found in the events that came with this version (checks.py).
 `hash` covers all the rest, file digests included, so two stores with one hash hold the same bytes. No date and no
-path of the store itself is inside: the same input gives the same manifest. Every append makes a generation with a
+path of the store itself is inside: the same input gives the same manifest. Every append makes a version with a
 manifest of its own, manifest-000007.json; manifest.json is a copy of the current one's (versions.py).
 """
 
@@ -29,7 +29,7 @@ from elastic_rec.feature_store.utils.errors import DataError
 MANIFEST = "manifest.json"
 FORMAT = "elastic-rec-history-store"
 VERSION = 1
-_GONE = "if the store was overwritten, or a compaction deleted this generation, just now: open the store again"
+_GONE = "if the store was overwritten, or a vacuum deleted this version, just now: open the store again"
 
 
 def describe_file(root: Path, path: Path) -> dict:
@@ -70,42 +70,42 @@ def write_manifest(path: Location, content: dict) -> dict:
     return manifest
 
 
-def generation_path(root: Location, generation: int) -> Location:
-    return root / f"manifest-{generation:06d}.json"
+def version_path(root: Location, version: int) -> Location:
+    return root / f"manifest-{version:06d}.json"
 
 
-def filed_generations(root: Location) -> list[int]:
-    """Generations with a manifest of their own, ascending; generation 0 gets one when the first append leaves it."""
+def filed_versions(root: Location) -> list[int]:
+    """Versions with a manifest of their own, ascending; version 0 gets one when the first append leaves it."""
     names = (re.fullmatch(r"manifest-(\d{6,})\.json", path.name) for path in root.files(recursive=False))
     return sorted(int(name[1]) for name in names if name)
 
 
-def read_manifest(root: Location, generation: int | None = None) -> dict:
-    """Reads and checks the manifest of a generation (None: the current one, manifest.json) and that every file it
+def read_manifest(root: Location, version: int | None = None) -> dict:
+    """Reads and checks the manifest of a version (None: the current one, manifest.json) and that every file it
     names is there with the recorded size (DataError)."""
-    manifest = load_manifest(root, generation)
+    manifest = load_manifest(root, version)
     check_sizes(root, named_files(manifest))
     return manifest
 
 
-def load_manifest(root: Location, generation: int | None = None) -> dict:
+def load_manifest(root: Location, version: int | None = None) -> dict:
     """As read_manifest, whether or not the files are there."""
-    filed = filed_generations(root)
-    remedy = f"take one of {_listed(filed)}, with ingest mode=rollback generation=N" if filed else "rerun ingest"
-    if generation is None or (generation == 0 and not filed):
+    filed = filed_versions(root)
+    remedy = f"take one of {_listed(filed)}, with ingest.py restore version=N" if filed else "rerun ingest"
+    if version is None or (version == 0 and not filed):
         manifest = _load(root, root / MANIFEST, remedy)
         current = manifest.get("generation", 0)
         if current > 0 and current not in filed:
             raise DataError(
-                f"{root / MANIFEST}: names generation {current}, but {generation_path(root, current).name} is missing; "
+                f"{root / MANIFEST}: names version {current}, but {version_path(root, current).name} is missing; "
                 f"copy the store whole, or {remedy}"
             )
-    elif generation in filed:
-        manifest = _load(root, generation_path(root, generation), remedy)
-        if manifest.get("generation", 0) != generation:
-            raise DataError(f"{generation_path(root, generation)}: is of generation {manifest['generation']}; {remedy}")
+    elif version in filed:
+        manifest = _load(root, version_path(root, version), remedy)
+        if manifest.get("generation", 0) != version:
+            raise DataError(f"{version_path(root, version)}: is of version {manifest['generation']}; {remedy}")
     else:
-        raise DataError(f"{root}: no generation {generation}; there are {_listed(filed) or '0 only'}")
+        raise DataError(f"{root}: no version {version}; there are {_listed(filed) or '0 only'}")
     return manifest
 
 
@@ -127,8 +127,8 @@ def check_sizes(root: Location, entries: list[dict]) -> None:
             )
 
 
-def _listed(generations: list[int]) -> str:
-    return ", ".join(map(str, generations))
+def _listed(versions: list[int]) -> str:
+    return ", ".join(map(str, versions))
 
 
 def _load(root: Location, path: Location, remedy: str) -> dict:

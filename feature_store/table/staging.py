@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from elastic_rec.feature_store.table.location import Location, open_location
-from elastic_rec.feature_store.table.manifest import MANIFEST, filed_generations, put_in_place, write_manifest
+from elastic_rec.feature_store.table.manifest import MANIFEST, filed_versions, put_in_place, write_manifest
 from elastic_rec.feature_store.table.own_files import WORK, foreign_paths
 from elastic_rec.feature_store.utils.atomic_write import make_folder, sync
 from elastic_rec.feature_store.utils.errors import DataError
@@ -85,7 +85,7 @@ class LocalStaging:
     def _replace(self) -> None:
         old = self.out.with_name(f"{self.out.name}.old-{os.getpid()}")
         # Held to the end: an append that begins now must not write into a folder on its way out.
-        with only_here(self.out, busy="an append or compaction is at work in it; wait for it and run again"):
+        with only_here(self.out, busy="an append or vacuum is at work in it; wait for it and run again"):
             (self.out / WORK).mkdir(exist_ok=True)  # marks the folder: it may be deleted
             self.out.rename(old)
             try:
@@ -157,7 +157,7 @@ def _write_store(content: dict, work: Path, root: Location) -> set[str]:
 
 def _check_replaceable(out: Location, overwrite: bool) -> None:
     """DataError where `out` holds anything but a store that may be overwritten."""
-    is_store = (out / MANIFEST).is_file() or bool(filed_generations(out))
+    is_store = (out / MANIFEST).is_file() or bool(filed_versions(out))
     foreign = foreign_paths(out)
     # An upload that was killed leaves data files without a manifest; a local ingest leaves nothing in `out`.
     others = foreign if is_store or not out.is_local else [file.below(out) for file in out.files()] + foreign

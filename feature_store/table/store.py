@@ -49,7 +49,7 @@ class Store:
     def __init__(self, path: Location, manifest: dict) -> None:
         self.path = path
         self.manifest = manifest
-        self.generation: int = manifest.get("generation", 0)
+        self.version: int = manifest.get("generation", 0)
         self.num_users: int = manifest["num_users"]
         self.num_events: int = manifest["num_events"]
         self.time_unit: str = manifest["time_unit"]
@@ -58,14 +58,14 @@ class Store:
         self._vocabularies: dict[str, Vocabulary] = {}
 
     @classmethod
-    def open(cls, path: str | os.PathLike | Location, *, generation: int | None = None) -> Store:
-        """Reads the manifest of a generation (None: the current one), checks its hash and each file's size.
+    def open(cls, path: str | os.PathLike | Location, *, version: int | None = None) -> Store:
+        """Reads the manifest of a version (None: the current one), checks its hash and each file's size.
 
         path: a folder, or a URL (location.py).
         DataError where the store is not whole. What is opened stays as it is, whatever is appended later.
         """
         path = open_location(path)
-        return cls(path, read_manifest(path, generation))
+        return cls(path, read_manifest(path, version))
 
     def time_range_s(self) -> tuple[int, int]:
         """Whole seconds of the oldest and of the newest event."""
@@ -136,8 +136,8 @@ def open_data_file(path: Location, footer: str | None = None) -> pq.ParquetFile:
         return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=remote)
     except (*BROKEN, DataError) as error:
         raise DataError(
-            f"{path}: cannot be opened ({error}); changed, or its generation was deleted by a "
-            "compaction, or the store was overwritten: open the store again"
+            f"{path}: cannot be opened ({error}); changed, or its version was deleted by a "
+            "vacuum, or the store was overwritten: open the store again"
         ) from error
 
 

@@ -1,11 +1,11 @@
-"""Generations of one store: who may write, how a new one becomes current, how old ones go.
+"""Versions of one store: who may write, how a new one becomes current, how old ones go.
 
     manifest-000006.json   names bucket=0000/part-<digest>.parquet, vocab/item-<digest>.parquet, ...
     manifest-000007.json   shares the files it did not touch
-    manifest.json          a copy of the current one, replaced by one rename: readers see one generation or the other
+    manifest.json          a copy of the current one, replaced by one rename: readers see one version or the other
 
-Files are named by their digest and never change, so no generation can spoil another. The modification time of a
-manifest-N.json is the moment its generation was last current; the grace of a compaction counts from there.
+Files are named by their digest and never change, so no version can spoil another. The modification time of a
+manifest-N.json is the moment its version was last current; the retention of a vacuum counts from there.
 """
 
 from __future__ import annotations
@@ -20,37 +20,36 @@ from pathlib import Path
 from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.manifest import (
     MANIFEST,
-    filed_generations,
-    generation_path,
+    filed_versions,
     read_manifest,
+    version_path,
     write_manifest,
 )
 from elastic_rec.feature_store.table.own_files import SCRATCH, WORK, data_files, delete_leftovers
 from elastic_rec.feature_store.table.staging import clear_litter
-from elastic_rec.feature_store.utils.atomic_write import sync
+from elastic_rec.feature_store.utils.atomic_write import at_place, sync
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.locks import only_here
 from elastic_rec.feature_store.utils.scratch import scratch_folder
 
 
 @contextmanager
-def writing(out: str) -> Iterator[Location]:
+def writing(store: str) -> Iterator[Location]:
     """The store's folder, locked against other writers (flock: it ends with the process). Readers take no lock.
     Object stores have no lock: publish() refuses where another writer was faster. Leftovers of killed writers go."""
-    if not out:
-        raise DataError("out is empty: say which store")
-    root = open_location(out).resolve()
+    if not store:
+        raise DataError("store is empty: say which store")
+    root = open_location(store).resolve()
     if root.is_local:
         clear_litter(Path(root))
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; make the store first (mode=create)")
+        raise DataError(f"{root}: no such folder; make the store first")
     if not root.is_local:
-        yield root
+        with at_place(root):
+            yield root
         return
-    folder = Path(root)
-    with only_here(
-        folder, busy="another append, compaction or rollback is at work there; run again when it has finished"
-    ):
+    folder, busy = Path(root), "another append, vacuum or restore is at work there; run again when it has finished"
+    with at_place(root), only_here(folder, busy=busy):
         for name in (SCRATCH, WORK):  # of a killed append or ingest: nobody else holds the lock
             if (folder / name).is_symlink():
                 raise DataError(f"{folder / name}: a link, which no store writes; remove it and run again")
@@ -74,45 +73,45 @@ def append_folder(root: Location) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def next_generation(root: Location) -> int:
-    return max(filed_generations(root), default=0) + 1
+def next_version(root: Location) -> int:
+    return max(filed_versions(root), default=0) + 1
 
 
 def publish(root: Location, number: int, content: dict) -> dict:
-    """Files `content`, whose data files are in place, as generation `number` and makes it the current one."""
+    """Files `content`, whose data files are in place, as version `number` and makes it the current one."""
     if read_manifest(root)["hash"] != content["parent"]:
         raise DataError(f"{root}: another writer changed the store meanwhile; nothing was appended, run again")
-    if not filed_generations(root):  # a store that was never appended to has manifest.json alone
-        generation_path(root, 0).replace((root / MANIFEST).read_bytes())
-    manifest = write_manifest(generation_path(root, number), {**content, "generation": number})
+    if not filed_versions(root):  # a store that was never appended to has manifest.json alone
+        version_path(root, 0).replace((root / MANIFEST).read_bytes())
+    manifest = write_manifest(version_path(root, number), {**content, "generation": number})
     _make_current(root, number)
     return manifest
 
 
-def rollback(out: str, *, generation: int) -> dict:
-    """Makes `generation` the current one; later ones stay until a compaction. Returns figures."""
-    with writing(out) as root:
-        manifest = read_manifest(root, generation)
+def restore(store: str, *, version: int) -> dict:
+    """Makes `version` the current one; later ones stay until a vacuum. Returns figures."""
+    with writing(store) as root:
+        manifest = read_manifest(root, version)
         before = _current(root)
         if before != manifest.get("generation", 0):
-            _make_current(root, generation)
+            _make_current(root, version)
         counts = {"users": manifest["num_users"], "events": manifest["num_events"], "hash": manifest["hash"]}
-        return {"store": out, "generation": generation, "was": before, **counts}
+        return {"store": store, "version": version, "was": before, **counts}
 
 
-def compact(out: str, *, grace_hours: float) -> dict:
-    """Deletes generations that were last current over grace_hours ago, then every file that no other names.
+def vacuum(store: str, *, retention_hours: float) -> dict:
+    """Deletes versions that were last current over retention_hours ago, then every file that no other names.
 
-    Within a generation there is nothing to merge: an append rewrites the buckets it touches. The current generation
+    Within a version there is nothing to merge: an append rewrites the buckets it touches. The current version
     and its hash stay as they are, so runs trained on it go on. Returns figures.
     """
     began = time.perf_counter()
-    with writing(out) as root:
+    with writing(store) as root:
         current = read_manifest(root).get("generation", 0)
-        latest = time.time() - grace_hours * 3600
-        old = [g for g in filed_generations(root) if g != current and generation_path(root, g).modified() <= latest]
+        latest = time.time() - retention_hours * 3600
+        old = [v for v in filed_versions(root) if v != current and version_path(root, v).modified() <= latest]
         for number in old:  # manifests first: at no moment does one name a file that is gone
-            generation_path(root, number).delete()
+            version_path(root, number).delete()
         if root.is_local:
             sync(Path(root))
         named = _named_files(root)
@@ -121,10 +120,10 @@ def compact(out: str, *, grace_hours: float) -> dict:
         for path in deleted:
             path.delete()
         return {
-            "store": out,
-            "generation": current,
-            "kept_generations": filed_generations(root) or [current],
-            "dropped_generations": old,
+            "store": store,
+            "version": current,
+            "kept_versions": filed_versions(root) or [current],
+            "dropped_versions": old,
             "deleted_files": len(deleted),
             "freed_bytes": freed,
             "seconds": round(time.perf_counter() - began, 3),
@@ -133,13 +132,13 @@ def compact(out: str, *, grace_hours: float) -> dict:
 
 def _make_current(root: Location, number: int) -> None:
     before = _current(root)
-    if before is not None and (left := generation_path(root, before)).is_file():
+    if before is not None and (left := version_path(root, before)).is_file():
         left.replace(left.read_bytes())  # its time is now
-    (root / MANIFEST).replace(generation_path(root, number).read_bytes())
+    (root / MANIFEST).replace(version_path(root, number).read_bytes())
 
 
 def _current(root: Location) -> int | None:
-    """What manifest.json says, None where it cannot be read: a rollback is the way out of that."""
+    """What manifest.json says, None where it cannot be read: a restore is the way out of that."""
     try:
         return json.loads((root / MANIFEST).read_bytes()).get("generation", 0)
     except (OSError, ValueError, AttributeError):
@@ -147,5 +146,5 @@ def _current(root: Location) -> int | None:
 
 
 def _named_files(root: Location) -> set[str]:
-    manifests = [read_manifest(root), *(read_manifest(root, number) for number in filed_generations(root))]
+    manifests = [read_manifest(root), *(read_manifest(root, number) for number in filed_versions(root))]
     return {entry["path"] for m in manifests for entry in [*m["files"], *m["vocabularies"].values()]}

@@ -18,13 +18,15 @@ from torch.nn import functional as F
 
 from elastic_rec.models.ranking.config import History, RankingConfig
 from elastic_rec.models.ranking.target_attention import EventReader
-from elastic_rec.models.retrieval.model import PrefixGather
-from elastic_rec.models.towers.elastic.as_of import AsOf, AsOfTower, MomentsAt, Placer
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower, TimelineMaker
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
-from elastic_rec.models.towers.elastic.moments import Moments, RunningMoments
+from elastic_rec.models.retrieval.model import gather_prefixes
+from elastic_rec.models.towers.base import TowerOutput, build_tower
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.causal_tower import CausalTower
+from elastic_rec.models.towers.elastic.moments import Moments, RunningMoments, moments_of
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
-from elastic_rec.models.towers.elastic.tower import build_tower
+from elastic_rec.models.towers.elastic.timeline import Timeline
+
+torch.fx.wrap("gather_prefixes")
 
 SUMMARY_GRADIENT = 0.01
 CAUSAL_VIEWS = [slice(0, 3), slice(1, 2)]  # of (interests, moments, summary): all, and the moments alone
@@ -81,32 +83,30 @@ class MomentReader(nn.Module):
             self.query_rD.copy_(running.key_rD)
 
 
-class VisitOffsets(nn.Module):
-    """forward(batch) -> (B+1,) offsets of the impression groups on the T axis."""
-
-    def forward(self, batch) -> torch.Tensor:
-        return batch.features["item"].offsets() - batch.features["item"].offsets()[0]
+@torch.fx.wrap
+def group_offsets(batch) -> torch.Tensor:
+    """(B+1,) offsets of the impression groups on the T axis."""
+    return batch.features["item"].offsets() - batch.features["item"].offsets()[0]
 
 
 class CausalHistory(nn.Module):
-    """One causal pass per impression group, read as of each impression (towers/elastic/as_of.py).
+    """One causal pass per impression group, read as of each impression (`Readings` in towers/elastic/timeline.py).
 
     An impression so sees every event of its group before it: its newest max_history ones at least, and those that an
     earlier impression of the group reaches back to."""
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, device=None):
         super().__init__()
-        self.offsets = VisitOffsets()
-        self.tower = AsOfTower(config, memory, device=device)
+        self.tower = CausalTower(config, memory, device=device)
         self.attention, self.moments = TargetAttention(config), MomentReader(config)
         begin_as_means(self.tower, self.attention)
         self.moments.begin_as(self.tower.moments)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
-        output = self.tower(events_TD, self.offsets(batch), batch.times_s, batch.group, batch.ends)
+        output = self.tower(events_TD, group_offsets(batch), batch.times_s, False, (batch.group, batch.ends))
         return self.read(output, candidates_CD, batch.impression)
 
-    def read(self, output: AsOf | CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
+    def read(self, output: TowerOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
         """(C, 3, D): what a candidate reads of the interests, of the moments, and the output of the newest event."""
         # An event's part in a mean has a gradient divided by their number, the newest one's has not, and its item's row
         # is a candidate's too: taste was learned late (docs/lab-log.md). AdamW does not mind the factor, tables do.
@@ -140,16 +140,13 @@ class MomentHistory(nn.Module):
 
     def __init__(self, config: TowerConfig):
         super().__init__()
-        self.offsets, self.timeline, self.place = VisitOffsets(), TimelineMaker(config.chunk), Placer()
-        self.running, self.reader = RunningMoments(config), MomentReader(config)
-        self.at = MomentsAt(self.running)
+        self.chunk, self.running, self.reader = config.chunk, RunningMoments(config), MomentReader(config)
         self.reader.begin_as(self.running)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
-        timeline = self.timeline(self.offsets(batch), batch.times_s, None)
-        places = self.place(timeline, batch.group, batch.ends)
-        moments = self.at(self.running(events_TD, timeline), events_TD, places)
-        return self.reader(moments, candidates_CD, batch.impression)[:, None]
+        readings = batch.group, batch.ends
+        timeline = Timeline.build(group_offsets(batch), batch.times_s, self.chunk, readings=readings)
+        return self.reader(moments_of(self.running(events_TD, timeline)), candidates_CD, batch.impression)[:, None]
 
 
 class PrefixHistory(nn.Module):
@@ -157,12 +154,11 @@ class PrefixHistory(nn.Module):
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, max_history: int, device=None):
         super().__init__()
-        self.prefixes = PrefixGather()
         self.tower = build_tower(config, memory, max_history=max_history, device=device)
         self.attention = TargetAttention(config)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
-        prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
+        prefixes = gather_prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
         output = self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, False)
         read_CD = self.attention(output.interests, candidates_CD, batch.impression)
         return torch.stack([read_CD, output.summary.index_select(0, batch.impression)], dim=1)
@@ -190,7 +186,7 @@ def build_history(
 ) -> tuple[nn.Module, list[slice]]:
     """(the reader, its views: which of its vectors per candidate each head sees)."""
     if ranking.history is History.tower:
-        if tower.attention is Attention.causal:
+        if tower.kind.has_states:
             return CausalHistory(tower, memory, device), CAUSAL_VIEWS
         return PrefixHistory(tower, memory, max_history, device), [slice(0, 2)]
     if ranking.history is History.none:

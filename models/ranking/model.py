@@ -14,7 +14,7 @@ averaged. The tower has two, all it read and the moments alone: in one head the 
 
 The batch (feature_store's ImpressionBatch, with one empty bag behind item_context) is taken by its fields. A user's
 events are embedded and encoded once, however many impressions and candidates he has in the batch. `RankingModel` owns
-sharded tables, so TorchRec traces its forward: sub-module calls only.
+sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.ranking.config import RankingConfig, Sharing
 from elastic_rec.models.ranking.histories import QueryGap, build_history
 from elastic_rec.models.retrieval.model import EventEncoder, EventTable
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.state import UserState
 
 
 class RatedEvents(EventEncoder):
@@ -240,17 +242,28 @@ class RankingModel(nn.Module):
         loss = self.loss(logits_SCL, batch)
         return loss[0], (logits_SCL.mean(0), loss[1], loss[2])
 
-    def score(self, batch) -> torch.Tensor:
-        return self.logits(batch).float().mean(0)
+    def score(self, batch, output: TowerOutput | None = None) -> torch.Tensor:
+        return self.logits(batch, output).float().mean(0)
 
-    def logits(self, batch) -> torch.Tensor:
-        """(S, C, L)"""
+    def fold(self, batch, state: UserState) -> tuple[TowerOutput, UserState]:
+        """With a causal tower only. The batch's events are those since `state`, a user per row: (the tower's output
+        after them, for `score`; the next states)."""
+        embedded = self.embeddings(batch.features)
+        with self.autocast():
+            offsets_B1 = batch.features["item"].offsets()
+            return self.tower.step(self.events(embedded), offsets_B1 - offsets_B1[0], batch.times_s, state, False)
+
+    def logits(self, batch, output: TowerOutput | None = None) -> torch.Tensor:
+        """(S, C, L). output: of the impressions' users as `fold` gave it, in the place of the batch's events."""
         embedded = self.embeddings(batch.features)
         context = None if self.context is None else self.context(batch.context)
         item_context = None if self.item_context is None else self.item_context(batch.item_context)
         with self.autocast():
             candidates_CD = self.candidates(embedded)
-            history_CFD = self.history(self.events(embedded), candidates_CD, batch)
+            if output is None:
+                history_CFD = self.history(self.events(embedded), candidates_CD, batch)
+            else:
+                history_CFD = self.history.read(output, candidates_CD, batch.impression)
             gap_C1D = self.gap(batch)
             return self.heads(candidates_CD, history_CFD, gap_C1D, context, item_context, batch)
 

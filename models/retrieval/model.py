@@ -7,8 +7,7 @@ laid end to end, D width, C candidates.
 
 The batch (feature_store's PrefixBatch) is taken by its fields: features, times_s, starts, ends, targets, weights,
 log_q, normaliser, query_gap_s, window. `RetrievalModel` owns sharded tables, so TorchRec traces its forward: it only
-calls sub-modules, and the tensor code stands in the small modules above it. A sharded lookup is waited for where it is
-first indexed.
+calls sub-modules and functions under `torch.fx.wrap`. A sharded lookup is waited for where it is first indexed.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.retrieval.softmax import SOFTMAX, SoftmaxKind
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, Time, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput, build_tower
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import UserState
-from elastic_rec.models.towers.elastic.tower import TowerOutput, build_tower
 from elastic_rec.models.towers.elastic.windows import WindowedTower
 
 
@@ -67,18 +66,17 @@ class Prefixes(NamedTuple):
     times_s_P: torch.Tensor
 
 
-class PrefixGather(nn.Module):
+@torch.fx.wrap
+def gather_prefixes(
+    events_TD: torch.Tensor, times_s_T: torch.Tensor, starts_R: torch.Tensor, ends_R: torch.Tensor
+) -> Prefixes:
     """Cut prefixes out of the shared T axis. Waits once for the device, to learn P."""
-
-    def forward(
-        self, events_TD: torch.Tensor, times_s_T: torch.Tensor, starts_R: torch.Tensor, ends_R: torch.Tensor
-    ) -> Prefixes:
-        lengths_R = ends_R - starts_R
-        offsets_R1 = torch.cat([lengths_R.new_zeros(1), lengths_R.cumsum(0)])
-        num_tokens = int(offsets_R1[-1])
-        shift_P = torch.repeat_interleave(starts_R - offsets_R1[:-1], lengths_R, output_size=num_tokens)
-        index_P = torch.arange(num_tokens, device=shift_P.device) + shift_P
-        return Prefixes(events_TD.index_select(0, index_P), offsets_R1, times_s_T.index_select(0, index_P))
+    lengths_R = ends_R - starts_R
+    offsets_R1 = torch.cat([lengths_R.new_zeros(1), lengths_R.cumsum(0)])
+    num_tokens = int(offsets_R1[-1])
+    shift_P = torch.repeat_interleave(starts_R - offsets_R1[:-1], lengths_R, output_size=num_tokens)
+    index_P = torch.arange(num_tokens, device=shift_P.device) + shift_P
+    return Prefixes(events_TD.index_select(0, index_P), offsets_R1, times_s_T.index_select(0, index_P))
 
 
 class QueryTime(nn.Module):
@@ -175,15 +173,15 @@ class RetrievalModel(nn.Module):
         names = [table.name for table in tables]
         if not names or names[0] != "item" or len(set(names)) < len(names) or "candidate" in names:
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
-        if every_position and tower.attention is Attention.bidirectional:
+        if every_position and not tower.kind.is_causal:
             raise ValueError(
-                "data.targets=every_event with model.attention=bidirectional trains on the answer: set "
-                "model.attention=causal, or data.targets=sampled"
+                f"data.targets=every_event with model.tower={tower.tower} trains on the answer: set "
+                "model.tower=elastic_causal, or data.targets=sampled"
             )
-        if windows and tower.attention is not Attention.causal:
+        if windows and not tower.kind.has_states:
             raise ValueError(
                 "windows that carry a state (data.window) need a tower that can be continued: set "
-                "model.attention=causal, or data.window=0"
+                "model.tower=elastic_causal, or data.window=0"
             )
         # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
         # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.
@@ -206,7 +204,6 @@ class RetrievalModel(nn.Module):
                 f"model.moments = {tower.moments}: candidates read them, in task=ranking; set it to 0 here"
             )
         self.events = EventEncoder(names, tower.width, tower.dropout)
-        self.prefixes = PrefixGather()
         self.windows, self.autocast = windows, autocast
         if windows:
             self.tower = WindowedTower(tower, memory, device=device)
@@ -223,17 +220,24 @@ class RetrievalModel(nn.Module):
         return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
-        output = self.encode(batch)
-        with self.autocast():
-            return self.head(output, batch.query_gap_s).float()
+        return self.ask(self.encode(batch), batch.query_gap_s)
 
     def step(self, batch, state: UserState) -> tuple[torch.Tensor, UserState]:
         """Causal only. The batch's events are those since `state`: (query_RD after them, the next states)."""
+        output, state = self.fold(batch, state)
+        return self.ask(output, batch.query_gap_s), state
+
+    def fold(self, batch, state: UserState) -> tuple[TowerOutput, UserState]:
+        """Causal only. The batch's events are those since `state`: (the tower's output after them, the next states)."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
-            tokens = self.prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
-            output, state = self.tower.step(*tokens, state, every=False)
-            return self.head(output, batch.query_gap_s).float(), state
+            tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
+            return self.tower.step(*tokens, state, every=False)
+
+    def ask(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
+        """The query (R, D) so many seconds after the newest event; -1: unknown."""
+        with self.autocast():
+            return self.head(output, query_gap_s_R).float()
 
     def encode(self, batch) -> TowerOutput:
         embedded = self.embeddings(batch.features)
@@ -242,7 +246,7 @@ class RetrievalModel(nn.Module):
 
     def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
         events_TD = self.events(embedded)
-        prefixes = self.prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
+        prefixes = gather_prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
         every = self.head.every_position and self.training  # else the tower may leave out all but the newest events
         which = (batch.window,) if self.windows else ()
         return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every, *which)

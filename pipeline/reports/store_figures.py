@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from elastic_rec.feature_store.inspection.statistics import StoreStatistics, top_share
-from elastic_rec.feature_store.table.manifest import filed_generations, read_manifest
+from elastic_rec.feature_store.table.manifest import filed_versions, read_manifest
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.times import iso_time
@@ -21,7 +21,7 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
     first_s, last_s = store.time_range_s()
     return {
         "name": store.manifest["name"],
-        "generation": store.generation,
+        "version": store.version,
         "hash": store.manifest["hash"],
         "bytes": sum(entry["bytes"] for entry in _entries(store.manifest)),
         "users": store.num_users,
@@ -38,7 +38,7 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
         "context": {name: _values(store, statistics, name) for name in store.columns if name != "item"},
         "checks": store.manifest.get("checks"),
         "filters": store.manifest["filters"],
-        "generations": _generations(store),
+        "versions": _versions(store),
     }
 
 
@@ -55,7 +55,7 @@ def headlines(figures: dict) -> str:
     lengths, gaps, items = figures["lengths"], figures["gaps"], figures["popularity"]
     cut = "; ".join(f"{limit:,} keeps {1 - c['events_cut']:.1%}" for limit, c in figures["max_history"].items())
     lines = {
-        "store": f"{figures['name']}, generation {figures['generation']}, {figures['bytes'] / 1e6:,.1f} MB",
+        "store": f"{figures['name']}, version {figures['version']}, {figures['bytes'] / 1e6:,.1f} MB",
         "size": f"{figures['events']:,} events of {figures['users']:,} users and {figures['items']:,} items",
         "time": f"{figures['first_time']} to {figures['last_time']}, events on {figures['days']['with_events']:,} days",
         "history": f"median {lengths[50]:,}, mean {lengths['mean']:,.1f}, 99% up to {lengths[99]:,}, "
@@ -126,16 +126,16 @@ def _named(store: Store, column: str, indices: np.ndarray, counts: np.ndarray) -
     return [[id, int(count)] for id, count in zip(ids, counts, strict=False)]
 
 
-def _generations(store: Store) -> list[dict]:
+def _versions(store: Store) -> list[dict]:
     """Those that are there, oldest first."""
-    numbers = filed_generations(store.path) or [store.generation]
+    numbers = filed_versions(store.path) or [store.version]
     entries = []
     for number in numbers:
-        manifest = store.manifest if number == store.generation else read_manifest(store.path, number)
+        manifest = store.manifest if number == store.version else read_manifest(store.path, number)
         inputs = [entry for entry in manifest["source"]["files"] if entry.get("generation", 0) == number]
         entries.append(
             {
-                "generation": number,
+                "version": number,
                 "users": manifest["num_users"],
                 "events": manifest["num_events"],
                 "input_files": len(inputs),

@@ -43,7 +43,7 @@ def page(store: Store, statistics: StoreStatistics, figures: dict) -> str:
         *_impressions(figures.get("impressions")),
         *_written(figures),
     ]
-    title = escape(f"{figures['name']}, generation {figures['generation']}")
+    title = escape(f"{figures['name']}, version {figures['version']}")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
@@ -62,7 +62,7 @@ def _head(store: Store, figures: dict) -> str:
         "on disk": f"{figures['bytes'] / 1e6:,.1f} MB",
     }
     shown = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    where = f"{store.path}, generation {figures['generation']}, hash {figures['hash'][:12]}"
+    where = f"{store.path}, version {figures['version']}, hash {figures['hash'][:12]}"
     return f"<h1>{escape(figures['name'])}</h1><p><code>{escape(where)}</code></p><dl>{shown}</dl>"
 
 
@@ -143,21 +143,21 @@ def _impressions(impressions: dict | None) -> Iterator[str]:
 
 
 def _written(figures: dict) -> Iterator[str]:
-    """How the store came to be: filters, then each generation with what the checks found in its input."""
+    """How the store came to be: filters, then each version with what the checks found in its input."""
     yield "<h2>How it was written</h2>"
     filters = [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in figures["filters"].items()]
     yield _table(("filter", "value"), [(name, "none" if value is None else value) for name, value in filters])
-    names = list(dict.fromkeys(name for g in figures["generations"] for name in g["checks"] or ()))
+    names = list(dict.fromkeys(name for g in figures["versions"] for name in g["checks"] or ()))
     rows = [
         [
-            f"{g['generation']}{' (this one)' if g['generation'] == figures['generation'] else ''}",
+            f"{g['version']}{' (this one)' if g['version'] == figures['version'] else ''}",
             *(f"{g[key]:,}" for key in ("users", "events", "input_files", "input_events")),
             *(f"{g['checks'][name]:,}" if name in (g["checks"] or ()) else "not kept" for name in names),
         ]
-        for g in figures["generations"]
+        for g in figures["versions"]
     ]
-    yield "<h3>Generations, and what the checks found in the events that came with them</h3>"
-    head = ("generation", "users", "events", "new files", "new events", *(name.replace("_", " ") for name in names))
+    yield "<h3>Versions, and what the checks found in the events that came with them</h3>"
+    head = ("version", "users", "events", "new files", "new events", *(name.replace("_", " ") for name in names))
     yield f'<div class="wide">{_table(head, rows)}</div>'
 
 

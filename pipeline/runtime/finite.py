@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from elastic_rec.pipeline.runtime.errors import NonFiniteError
 from elastic_rec.pipeline.runtime.world import World
@@ -30,14 +29,13 @@ def require_finite_state(state: dict[str, Any], world: World) -> None:
     Raises NonFiniteError on every rank when a number is bad on any. Collective.
     """
     bad = [(name, first_row, value) for name, first_row, value in _tensors(state) if not is_finite(value)]
-    some = torch.tensor(len(bad), device=world.device)
-    dist.all_reduce(some)
+    some = sum(world.of_all(len(bad)))
     if not some:
         return
     mine = [f"{name} is {number} in row {first_row + row}" for name, first_row, value in bad[:MOST_NAMED]
             for row, number in [_first_bad(value)]]  # fmt: skip
     named = sorted({text for texts in world.of_all(mine) for text in texts})
-    more = f", and {int(some) - MOST_NAMED} more" if some > MOST_NAMED else ""
+    more = f", and {some - MOST_NAMED} more" if some > MOST_NAMED else ""
     raise NonFiniteError("; ".join(named[:MOST_NAMED]) + more)
 
 

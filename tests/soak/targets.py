@@ -61,7 +61,7 @@ def state_targets(lab: Lab) -> list[Target]:
     out = lab.trial / "out"
     readers = [
         _verify(f"store={lab.trial}/store"),
-        Reader("score mode=incremental", score_incremental(lab, then=partial(_lists, out))),
+        Reader("score incremental", score_incremental(lab, then=partial(_lists, out))),
     ]
     return [Target(scored_yesterday(lab), ["store/states/**/*"], readers)]
 
@@ -114,5 +114,5 @@ def _page(out: Path) -> str:
 
 
 def _hash(store: Path) -> str:
-    """It covers every file that the current generation names."""
+    """It covers every file that the current version names."""
     return json.loads((store / "manifest.json").read_text())["hash"]

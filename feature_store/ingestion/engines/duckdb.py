@@ -17,11 +17,11 @@ import duckdb
 import pyarrow as pa
 
 from elastic_rec.feature_store.ingestion.checks import ID_ROLES, NULL_WORDS, SEQ, ChecksConfig, Policy, duplicates_found
-from elastic_rec.feature_store.ingestion.contents import write_sorted
 from elastic_rec.feature_store.ingestion.file_clock import FileClock, clock_fault, clock_sql
 from elastic_rec.feature_store.ingestion.inputs import check_entries
 from elastic_rec.feature_store.ingestion.sources import Source, check_same_kinds, open_source, unreadable
 from elastic_rec.feature_store.ingestion.time_columns import MOMENTS, time_fault, time_sql, time_text_sql
+from elastic_rec.feature_store.ingestion.writer import write_sorted
 from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.table.times import unit_advice

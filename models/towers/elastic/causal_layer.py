@@ -1,7 +1,7 @@
 """One causal layer: events are folded into running sums, experts are read off them, events read both (ours).
 
 Legend: B users, T new events, E the same with events kept in the users' states, H heads, d = D/H, K experts, C events
-per chunk, R boundaries between chunks (models/ops/causal_lda/chunks.py).
+per chunk, R boundaries between chunks (models/ops/causal_lda/chunks.py), and after them I readings (timeline.py).
 
     q, k, v = X Wqkv
     P_r  = running softmax mean of v up to boundary r, scores e · k, e learned per expert, old events fading  (R, K, D)
@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.dropout import Dropout
-from elastic_rec.models.ops.causal_lda import Partial, causal_aggregate, causal_dispatch
-from elastic_rec.models.towers.elastic.config import Reads, Time, TowerConfig
+from elastic_rec.models.ops.causal_lda import Partial, causal_aggregate, causal_dispatch, combine
+from elastic_rec.models.towers.config import Reads, Time, TowerConfig
 from elastic_rec.models.towers.elastic.layer import FeedForward
-from elastic_rec.models.towers.elastic.timeline import Timeline
+from elastic_rec.models.towers.elastic.timeline import Readings, Timeline
 
 SHORTEST_S, LONGEST_S = 3600.0, 3.0e8  # half-lives at the start of training: an hour to ten years, evenly in the log
 
@@ -78,7 +78,29 @@ class CausalAggregate(nn.Module):
             kept_BW3Hd = F.pad(timeline.state.kept(self.number), (0, 0, 0, 0, 1, 0))  # no output wanted: any query
             qkv, start = timeline.join(kept_BW3Hd, qkv), timeline.state.sums(self.number)
         sums = causal_aggregate(self.ask_HKd * d**-0.5, qkv, timeline.times_s_E, self.rate(), timeline.chunks, start)
+        if timeline.readings is not None:
+            sums = Partial(
+                *map(torch.cat, zip(sums, self._sums_at(timeline.readings, qkv, sums, timeline), strict=True))
+            )
         return Read(qkv, sums, sums.mean().transpose(1, 2).flatten(2))
+
+    def _sums_at(self, at: Readings, qkv_E3Hd: torch.Tensor, sums: Partial, timeline: Timeline) -> Partial:
+        """The running sums at each reading, I rows: of the boundary before it, and of the events it sees after that."""
+        before = sums.rows(at.boundary_I)
+        if not at.event_IC.numel():
+            return before
+        wide, d = before.norm_RHK.dtype, self.ask_HKd.shape[-1]
+        key_ICHd, value_ICHd = qkv_E3Hd[:, 1:][at.event_IC].to(wide).unbind(2)
+        clock_I = timeline.times_s_E[at.newest_I]
+        age_IC = (clock_I[:, None] - timeline.times_s_E[at.event_IC]).clamp_min(0).to(wide)
+        scores_IHKC = torch.einsum("ichd,hkd->ihkc", key_ICHd, self.ask_HKd.to(wide) * d**-0.5)
+        scores_IHKC = scores_IHKC - age_IC[:, None, None] * self.rate().to(wide)[..., None]
+        seen_I11C = at.seen_IC[:, None, None]
+        max_IHK = scores_IHKC.detach().masked_fill(~seen_I11C, -torch.inf).amax(-1)
+        max_IHK = max_IHK.masked_fill(~at.sees_I[:, None, None], 0.0)
+        weights_IHKC = (scores_IHKC - max_IHK[..., None]).masked_fill(~seen_I11C, -torch.inf).exp()
+        sum_IHKd = torch.einsum("ihkc,ichd->ihkd", weights_IHKC, value_ICHd)
+        return combine(before, Partial(max_IHK.double(), weights_IHKC.sum(-1), sum_IHKd, clock_I), self.rate())
 
 
 class CausalLayer(nn.Module):
@@ -100,20 +122,16 @@ class CausalLayer(nn.Module):
     def forward(
         self, tokens_TD: torch.Tensor, experts_RKD: torch.Tensor, read: Read, timeline: Timeline
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        R, K, D = experts_RKD.shape
-        experts_RKD = self.update(experts_RKD, read.mean_RKD)
-        key_value = self.expert_key_value(self.norm_experts(experts_RKD)).view(R, K, 2, self.heads, D // self.heads)
+        (_, K, D), R = experts_RKD.shape, timeline.chunks.num_boundaries  # no event sees the readings, which come after
+        experts_RKD = experts_RKD + self.dropout(self.mix(read.mean_RKD))
+        experts_RKD = experts_RKD + self.expert_ffn(experts_RKD)
+        key_value = self.expert_key_value(self.norm_experts(experts_RKD[:R])).view(R, K, 2, self.heads, D // self.heads)
         if self.reads is Reads.events:
             key_value = key_value[:, :0]
         bias_HW = torch.full_like(self.bias_HW, -torch.inf) if self.reads is Reads.experts else self.bias_HW
         mix_EHd = causal_dispatch(read.qkv_E3Hd, key_value, bias_HW, timeline.chunks)
         tokens_TD = tokens_TD + self.dropout(self.out(timeline.new(mix_EHd).flatten(1)))
         return tokens_TD + self.token_ffn(tokens_TD), experts_RKD
-
-    def update(self, experts_RKD: torch.Tensor, mean_RKD: torch.Tensor) -> torch.Tensor:
-        """Experts after what the running sums say."""
-        experts_RKD = experts_RKD + self.dropout(self.mix(mean_RKD))
-        return experts_RKD + self.expert_ffn(experts_RKD)
 
 
 class Depth(NamedTuple):
@@ -146,7 +164,7 @@ class CausalStack(nn.Module):
             tokens_TD, experts_RKD = layer(tokens_TD, experts_RKD, read, timeline)
             read = aggregate(tokens_TD, timeline)
             reads.append(read)
-        if not every:
+        if not every and timeline.readings is None:
             timeline, event_E, boundary_R, new_T = timeline.newest()
             tokens_TD, experts_RKD = tokens_TD.index_select(0, new_T), experts_RKD.index_select(0, boundary_R)
             read = read.of(event_E, boundary_R)

@@ -12,47 +12,45 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from elastic_rec.models.towers.base import SequenceTower, TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.causal_layer import CausalAggregate, CausalStack, Depth
-from elastic_rec.models.towers.elastic.config import MemoryConfig, Time, TowerConfig
-from elastic_rec.models.towers.elastic.memory import CausalSeeds, InterestMemory
-from elastic_rec.models.towers.elastic.moments import Moments, RunningMoments, moments_of
+from elastic_rec.models.towers.elastic.memory import InterestMemory, Seeds
+from elastic_rec.models.towers.elastic.moments import RunningMoments, moments_of
 from elastic_rec.models.towers.elastic.pieces import in_pieces
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
-from elastic_rec.models.towers.elastic.state import Fingerprint, UserState, check_state
-from elastic_rec.models.towers.elastic.timeline import Timeline, num_kept
+from elastic_rec.models.towers.elastic.state import Fingerprint, UserState, check_state, num_kept
+from elastic_rec.models.towers.elastic.timeline import Timeline
+
+# TorchRec traces the tower's forward. A wrapped function is one step of the trace, and may look at sizes and values.
+build_timeline = Timeline.build
+torch.fx.wrap("build_timeline")
+torch.fx.wrap("check_state")
 
 
-class CausalOutput(NamedTuple):
-    """interests (B, K, D), normalised, one row per expert, after all events; summary (B, D), the output of the user's
-    newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary;
-    moments, of all events (towers/elastic/moments.py).
-
-    A user without any event has the mean of the seeds' interests as its newest event, and moments of zeros.
-    """
-
-    interests: torch.Tensor
-    summary: torch.Tensor
-    tokens: torch.Tensor | None
-    moments: Moments
-
-
-class TimelineMaker(nn.Module):
-    """A module because the tower's forward is traced."""
-
-    def __init__(self, chunk: int):
-        super().__init__()
-        self.chunk = chunk
-
-    def forward(self, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None) -> Timeline:
-        return Timeline.build(offsets_B1, times_s_T, self.chunk, state)
-
-
-class StateChecker(nn.Module):
-    """forward(state, offsets_B1, fingerprint) -> state. fingerprint: what the state's must be; None: any."""
-
-    def forward(self, state: UserState, offsets_B1: torch.Tensor, fingerprint: str | None) -> UserState:
-        check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=fingerprint)
-        return state
+@torch.fx.wrap
+def next_state(
+    timeline: Timeline, depth: Depth, newest_BD: torch.Tensor, moments_Brf: torch.Tensor
+) -> UserState | None:
+    """The users' states after the events of the timeline; None where it began without any."""
+    state, chunks, chunk = timeline.state, timeline.chunks, timeline.chunks.chunk
+    if state is None:
+        return None
+    count_B = state.count_B + timeline.offsets_B1.diff()
+    kept_B = num_kept(count_B, chunk)
+    axis_B1 = chunks.tiles.offsets_B1
+    folded_B = chunks.first_B + (axis_B1.diff() - kept_B) // chunk  # the boundary where the kept events begin
+    slot_W = torch.arange(2 * chunk, device=count_B.device)
+    empty_BW = slot_W >= kept_B[:, None]
+    return state.next(
+        count_B=count_B,
+        newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
+        times_s_E=timeline.times_s_E,
+        layers=[(read.sums.rows(folded_B), read.qkv_E3Hd) for read in depth.reads],
+        moments_Brf=moments_Brf,
+        place_BW=((axis_B1[1:] - kept_B)[:, None] + slot_W).masked_fill(empty_BW, 0),
+        empty_BW=empty_BW,
+    )
 
 
 class Gap(nn.Module):
@@ -75,9 +73,9 @@ class Gap(nn.Module):
 
 
 class Summarised(NamedTuple):
-    """The output, and the newest event of each user before the output's norm (B, D)."""
+    """The output, and the newest event of each row of it before the output's norm (B, D)."""
 
-    output: CausalOutput
+    output: TowerOutput
     newest_BD: torch.Tensor
 
 
@@ -88,106 +86,84 @@ class CausalSummary(nn.Module):
         self.mix = nn.Linear(config.width, config.width)
 
     def forward(self, depth: Depth, moments_Brf: torch.Tensor, every: bool) -> Summarised:
-        timeline = depth.timeline
-        T, offsets_B1 = depth.tokens_TD.shape[0], timeline.offsets_B1
-        end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
+        timeline, T = depth.timeline, depth.tokens_TD.shape[0]
+        if (at := timeline.readings) is None:
+            end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
+            has_new_B, newest_B = timeline.offsets_B1.diff() > 0, timeline.offsets_B1[1:] - 1
+        else:
+            end_BKD = depth.experts_RKD[timeline.chunks.num_boundaries :]
+            has_new_B, newest_B = at.sees_I, at.newest_I
         earlier_BD = end_BKD.mean(1).to(depth.tokens_TD.dtype)
         if timeline.state is not None:
             earlier_BD = torch.where(timeline.state.count_B[:, None] > 0, timeline.state.newest_BD, earlier_BD)
+        # One gather out of both: a rank without any event still has a gradient, of zeros, for every parameter.
         rows_XD = torch.cat([depth.tokens_TD, earlier_BD])
-        row_B = torch.arange(timeline.num_users, device=offsets_B1.device) + T
-        row_B = torch.where(offsets_B1.diff() > 0, offsets_B1[1:] - 1, row_B)
-        outputs_XD = self.mix(self.norm(rows_XD))
-        tokens_TD = outputs_XD[:T] if every else None
-        output = CausalOutput(self.norm(end_BKD), outputs_XD.index_select(0, row_B), tokens_TD, moments_of(moments_Brf))
-        return Summarised(output, rows_XD.index_select(0, row_B))
+        row_B = torch.where(has_new_B, newest_B, torch.arange(len(newest_B), device=newest_B.device) + T)
+        newest_BD, tokens_TD = rows_XD.index_select(0, row_B), None
+        if at is not None:
+            summary_BD = self.mix(self.norm(newest_BD))
+        else:
+            outputs_XD = self.mix(self.norm(rows_XD))
+            summary_BD, tokens_TD = outputs_XD.index_select(0, row_B), outputs_XD[:T] if every else None
+        return Summarised(TowerOutput(self.norm(end_BKD), summary_BD, tokens_TD, moments_of(moments_Brf)), newest_BD)
 
 
-class NewestMoments(nn.Module):
-    """forward(sums_Rrf, timeline) -> (B, r+1, D+1), of all events of the users."""
-
-    def forward(self, sums_Rrf: torch.Tensor, timeline: Timeline) -> torch.Tensor:
-        return sums_Rrf.index_select(0, timeline.chunks.end_B)
-
-
-class StateMaker(nn.Module):
-    """forward(timeline, depth, newest_BD, moments_Brf) -> the users' states after the events of the timeline."""
-
-    def __init__(self, chunk: int):
-        super().__init__()
-        self.chunk = chunk
-
-    def forward(
-        self, timeline: Timeline, depth: Depth, newest_BD: torch.Tensor, moments_Brf: torch.Tensor
-    ) -> UserState:
-        state, chunks, chunk = timeline.state, timeline.chunks, self.chunk
-        count_B = state.count_B + timeline.offsets_B1.diff()
-        kept_B = num_kept(count_B, chunk)
-        axis_B1 = chunks.tiles.offsets_B1
-        folded_B = chunks.first_B + (axis_B1.diff() - kept_B) // chunk  # the boundary where the kept events begin
-        slot_W = torch.arange(2 * chunk, device=count_B.device)
-        empty_BW = slot_W >= kept_B[:, None]
-        place_BW = ((axis_B1[1:] - kept_B)[:, None] + slot_W).masked_fill(empty_BW, 0)
-        return state.next(
-            count_B=count_B,
-            newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
-            times_s_E=timeline.times_s_E,
-            layers=[(read.sums.rows(folded_B), read.qkv_E3Hd) for read in depth.reads],
-            moments_Brf=moments_Brf,
-            place_BW=place_BW,
-            empty_BW=empty_BW,
-        )
-
-
-class CausalTower(nn.Module):
-    """forward(tokens_TD, offsets_B1, times_s_T) -> CausalOutput; step(..., state) -> (CausalOutput, UserState).
+class CausalTower(SequenceTower):
+    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput; step(..., state) -> (TowerOutput, UserState).
 
     times_s_T: int64 seconds, in order within a user. `memory` is an InterestMemory or None. every=False leaves out
     the output's `tokens` and most of the last layer: for who wants the users' summary and interests only.
     TorchRec traces both (the tower owns the memory's bank): sub-module calls and indexing only.
     """
 
+    is_causal = has_states = has_memory = True
+
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
         self.config, self.memory_config = config, memory
-        self.check, self.timeline = StateChecker(), TimelineMaker(config.chunk)
         self.gap = Gap(config)
         self.first = CausalAggregate(config, 0)
-        self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
-        self.seeds = None if memory.enabled else CausalSeeds(config)
+        self.memory = InterestMemory(config, memory, causal=True, device=device) if memory.enabled else None
+        self.seeds = None if memory.enabled else Seeds(config)
         self.stack = CausalStack(config)
-        self.moments, self.newest, self.summary = RunningMoments(config), NewestMoments(), CausalSummary(config)
-        self.next_state = StateMaker(config.chunk)
+        self.moments, self.summary = RunningMoments(config), CausalSummary(config)
         self._fingerprint = Fingerprint(self)
 
     def forward(
-        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = True
-    ) -> CausalOutput:
-        if self._takes_pieces():
-            return in_pieces(self, tokens_TD, offsets_B1, times_s_T, None, every)[0]
-        return self.run(tokens_TD, offsets_B1, times_s_T, None, every)[0]
+        self,
+        tokens_TD: torch.Tensor,
+        offsets_B1: torch.Tensor,
+        times_s_T: torch.Tensor,
+        every: bool = True,
+        readings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> TowerOutput:
+        if readings is None:
+            return self.encode(tokens_TD, offsets_B1, times_s_T, None, every)[0]
+        return self.run(tokens_TD, offsets_B1, times_s_T, None, False, readings)[0]
 
-    def _takes_pieces(self) -> bool:
-        """Where nothing is kept for a backward pass. Not on several ranks with a memory: its sharded lookups are
-        collective, and ranks would differ in how many pieces they have."""
+    def encode(
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None, every
+    ) -> tuple[TowerOutput, UserState | None]:
+        """Without a state, users start from nothing and none is made."""
+        # Pieces where nothing is kept for a backward pass. Not on several ranks with a memory: its sharded lookups are
+        # collective, and ranks would differ in how many pieces they have.
         alone = self.memory is None or not dist.is_initialized() or dist.get_world_size() == 1
-        return alone and not torch.is_grad_enabled()
+        if alone and not torch.is_grad_enabled():
+            return in_pieces(self, tokens_TD, offsets_B1, times_s_T, state, every)
+        return self.run(tokens_TD, offsets_B1, times_s_T, state, every)
 
     def run(
-        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None, every
-    ) -> tuple[CausalOutput, UserState | None]:
-        """All events at once; without a state, users start from nothing and none is made."""
-        timeline = self.timeline(offsets_B1, times_s_T, state)
-        depth = self._depth(tokens_TD, timeline, every)
-        moments_Brf = self.newest(self.moments(tokens_TD, timeline), timeline)
-        summarised = self.summary(depth, moments_Brf, every)
-        return summarised[0], None if state is None else self.next_state(timeline, depth, summarised[1], moments_Brf)
-
-    def _depth(self, tokens_TD: torch.Tensor, timeline: Timeline, every: bool) -> Depth:
+        self, tokens_TD, offsets_B1, times_s_T, state: UserState | None, every: bool, readings=None
+    ) -> tuple[TowerOutput, UserState | None]:
+        """All events at once."""
+        timeline = build_timeline(offsets_B1, times_s_T, self.config.chunk, state, readings)
+        moments_Brf = self.moments(tokens_TD, timeline)
         tokens_TD = self.gap(tokens_TD, timeline)
         read = self.first(tokens_TD, timeline)
-        experts_RKD = self.seeds(read, timeline) if self.memory is None else self.memory(read, timeline)
-        return self.stack(tokens_TD, experts_RKD, read, timeline, every)
+        experts_RKD = self.seeds(read.mean_RKD.shape[0]) if self.memory is None else self.memory(read, timeline)
+        depth = self.stack(tokens_TD, experts_RKD, read, timeline, every)
+        summarised = self.summary(depth, moments_Brf, every)
+        return summarised[0], next_state(timeline, depth, summarised[1], moments_Brf)
 
     def fingerprint(self) -> str:
         """32 hex digits that change with the tower's configuration and dense weights. Tables are trained together with
@@ -207,13 +183,12 @@ class CausalTower(nn.Module):
         times_s_T: torch.Tensor,
         state: UserState,
         every: bool = True,
-    ) -> tuple[CausalOutput, UserState]:
+    ) -> tuple[TowerOutput, UserState]:
         """New events of a batch of users (none for some) -> the output after them, and the next states.
 
         Equal to one pass over all events, for any cut. Gradients run into the state it was given: `state.detach()`
         cuts them off. In training a state may outlive a change of weights; in evaluation that is refused.
         """
-        state = self.check(state, offsets_B1, None if self.training else self.fingerprint())
-        if self._takes_pieces():
-            return in_pieces(self, tokens_TD, offsets_B1, times_s_T, state, every)
-        return self.run(tokens_TD, offsets_B1, times_s_T, state, every)
+        fingerprint = None if self.training else self.fingerprint()
+        check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=fingerprint)
+        return self.encode(tokens_TD, offsets_B1, times_s_T, state, every)

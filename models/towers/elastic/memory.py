@@ -10,8 +10,8 @@ Legend: B users, T events, D width, K experts, M = num_keys^2 slots, S = memory 
 Paper: the idea. Ours: the formulas above. The sum is weighted by score, which is how the query net and the sub-keys
 get gradients. The bank is a TorchRec table whose ids are made in forward, so a planner shards it like any other.
 
-`InterestMemory` owns an EmbeddingCollection, hence TorchRec's pipelines trace its forward: it only calls sub-modules,
-and all tensor code stands in `SlotSelector` and `SlotReader`.
+`InterestMemory` owns an EmbeddingCollection, hence TorchRec's pipelines trace its forward: it only calls sub-modules
+and the wrapped function `read_slots`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.product_key import product_key_topk
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import Aggregate
 
 if TYPE_CHECKING:
@@ -36,21 +36,14 @@ if TYPE_CHECKING:
 
 
 class Seeds(nn.Module):
-    """K learned experts, the same for every user: forward(layout) -> (B, K, D)."""
+    """K learned experts, the same in every row: forward(num_rows) -> (num_rows, K, D)."""
 
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.seeds_KD = nn.Parameter(torch.randn(config.experts, config.width))
 
-    def forward(self, layout: TileLayout) -> torch.Tensor:
-        return self.seeds_KD.expand(layout.num_users, -1, -1)
-
-
-class CausalSeeds(Seeds):
-    """The same at every boundary: forward(read, timeline) -> (R, K, D)."""
-
-    def forward(self, read: Read, timeline: Timeline) -> torch.Tensor:
-        return self.seeds_KD.expand(read.mean_RKD.shape[0], -1, -1)
+    def forward(self, num_rows: int) -> torch.Tensor:
+        return self.seeds_KD.expand(num_rows, -1, -1)
 
 
 class Selection(NamedTuple):
@@ -105,7 +98,7 @@ class SlotSelector(SlotChooser):
         self.add_query(config, memory)
 
     def forward(self, tokens_TD: torch.Tensor, layout: TileLayout) -> Selection:
-        seeds_BKD = self.seeds(layout)
+        seeds_BKD = self.seeds(layout.num_users)
         context_BKD = self.aggregate(self.norm_seeds(seeds_BKD), self.norm_tokens(tokens_TD), layout)
         return self.choose(context_BKD, seeds_BKD, layout.offsets_B1.diff() > 0)
 
@@ -116,26 +109,23 @@ class CausalSlotSelector(SlotChooser):
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig):
         super().__init__()
-        self.seeds = CausalSeeds(config)
+        self.seeds = Seeds(config)
         self.add_query(config, memory)
 
     def forward(self, read: Read, timeline: Timeline) -> Selection:
         has_events_R = read.sums.norm_RHK.flatten(1).sum(1) > 0
-        return self.choose(read.mean_RKD, self.seeds(read, timeline), has_events_R)
+        return self.choose(read.mean_RKD, self.seeds(read.mean_RKD.shape[0]), has_events_R)
 
 
-class SlotReader(nn.Module):
-    """forward(looked_up, weights_BKS, seeds_BKD) -> first experts (B, K, D)."""
-
-    def forward(
-        self, looked_up: dict[str, JaggedTensor], weights_BKS: torch.Tensor, seeds_BKD: torch.Tensor
-    ) -> torch.Tensor:
-        B, K, S = weights_BKS.shape
-        slots_XSD = looked_up["slot"].values().view(B * K, S, -1)  # a sharded lookup is waited for
-        dtype = torch.promote_types(slots_XSD.dtype, weights_BKS.dtype)
-        with torch.autocast(slots_XSD.device.type, enabled=False):  # casting the rows costs more than adding them up
-            read_X1D = torch.bmm(weights_BKS.to(dtype).view(B * K, 1, S), slots_XSD.to(dtype))
-        return seeds_BKD + read_X1D.view(B, K, -1).to(seeds_BKD.dtype)
+@torch.fx.wrap
+def read_slots(looked_up: dict[str, JaggedTensor], weights_BKS: torch.Tensor, seeds_BKD: torch.Tensor) -> torch.Tensor:
+    """The first experts (B, K, D)."""
+    B, K, S = weights_BKS.shape
+    slots_XSD = looked_up["slot"].values().view(B * K, S, -1)  # a sharded lookup is waited for
+    dtype = torch.promote_types(slots_XSD.dtype, weights_BKS.dtype)
+    with torch.autocast(slots_XSD.device.type, enabled=False):  # casting the rows costs more than adding them up
+        read_X1D = torch.bmm(weights_BKS.to(dtype).view(B * K, 1, S), slots_XSD.to(dtype))
+    return seeds_BKD + read_X1D.view(B, K, -1).to(seeds_BKD.dtype)
 
 
 class InterestMemory(nn.Module):
@@ -145,9 +135,15 @@ class InterestMemory(nn.Module):
     device: where the bank is made ("meta": when it is sharded); everything else is made on the CPU.
     """
 
-    def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        config: TowerConfig,
+        memory: MemoryConfig,
+        *,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+    ):
         super().__init__()
-        causal = config.attention is Attention.causal
         self.select = CausalSlotSelector(config, memory) if causal else SlotSelector(config, memory)
         self.bank = EmbeddingCollection(
             tables=[
@@ -161,12 +157,11 @@ class InterestMemory(nn.Module):
             ],
             device=torch.device(device or "cpu"),
         )
-        self.read = SlotReader()
 
     def forward(self, events: torch.Tensor | Read, layout: TileLayout | Timeline) -> torch.Tensor:
         selection = self.select(events, layout)
         looked_up = self.bank(selection.features)
-        return self.read(looked_up, selection.weights_BKS, selection.seeds_BKD)
+        return read_slots(looked_up, selection.weights_BKS, selection.seeds_BKD)
 
     def usage(self, *, reset: bool = False) -> dict[str, float]:
         """Use of the slots in training since the last reset; see `slot_usage`. For several ranks add up

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.ops.causal_lda.scan import linear_scan
-from elastic_rec.models.towers.elastic.config import TowerConfig
+from elastic_rec.models.towers.config import TowerConfig
 from elastic_rec.models.towers.elastic.timeline import Timeline
 
 
@@ -32,7 +32,8 @@ class Moments(NamedTuple):
 
 
 class RunningMoments(nn.Module):
-    """forward(tokens_TD, timeline) -> sums (R, r+1, D+1) up to each boundary. A state's sums have all of its events, so
+    """forward(tokens_TD, timeline) -> sums of all events of each user (B, r+1, D+1), or of those that each reading sees
+    (I, r+1, D+1). A state's sums have all of its events, so
     those it keeps one by one count as nothing here."""
 
     def __init__(self, config: TowerConfig):
@@ -66,7 +67,11 @@ class RunningMoments(nn.Module):
         if start_Brf is None:
             start_Brf = sums_Nrf.new_zeros(timeline.num_users, *sums_Nrf.shape[1:])
         added_Rrf = torch.cat([start_Brf.to(sums_Nrf.dtype), sums_Nrf]).index_select(0, timeline.chunks.source_R)
-        return linear_scan(added_Rrf, added_Rrf.new_zeros(added_Rrf.shape[:2], dtype=torch.float64), timeline.chunks)
+        no_decay_Rr = added_Rrf.new_zeros(added_Rrf.shape[:2], dtype=torch.float64)
+        sums_Rrf = linear_scan(added_Rrf, no_decay_Rr, timeline.chunks)
+        if (at := timeline.readings) is None:
+            return sums_Rrf.index_select(0, timeline.chunks.end_B)
+        return sums_Rrf.index_select(0, at.boundary_I) + self.sums(tokens_TD[at.event_IC], at.seen_IC)
 
 
 def moments_of(sums_Xrf: torch.Tensor) -> Moments:

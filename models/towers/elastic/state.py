@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from elastic_rec.models.ops.causal_lda import Partial
-from elastic_rec.models.towers.elastic.config import TowerConfig
+from elastic_rec.models.towers.config import TowerConfig
 
 VERSION = 2
 MAGIC = b"elastic\0"
@@ -77,6 +77,12 @@ class UserState:
     @property
     def dtype(self) -> torch.dtype:
         return self.kept_BLW2Hd.dtype
+
+    @property
+    def newest_s_B(self) -> torch.Tensor:
+        """(B,) int64: time of each user's newest event, 0 without one. It is the last of the kept events."""
+        kept_B = num_kept(self.count_B, self.times_s_BW.shape[1] // 2)
+        return self.times_s_BW.gather(1, (kept_B - 1).clamp_min(0)[:, None])[:, 0]
 
     def sums(self, layer: int) -> Partial:
         return Partial(self.max_BLHK[:, layer], self.norm_BLHK[:, layer], self.sum_BLHKd[:, layer], self.clock_s_B)
@@ -172,6 +178,11 @@ class UserState:
         return UserState(self.fingerprint, *(function(getattr(self, name)) for name in _tensor_names()))
 
 
+def num_kept(count_B: torch.Tensor, chunk: int) -> torch.Tensor:
+    """How many of a user's newest events a state keeps one by one."""
+    return torch.where(count_B < chunk, count_B, chunk + count_B % chunk)
+
+
 def check_state(state: UserState, *, num_users: int, fingerprint: str | None) -> None:
     if state.num_users != num_users:
         raise StateError(f"states of {state.num_users} users for events of {num_users}: give one state per user")
@@ -183,10 +194,10 @@ class Fingerprint:
     """Hash of a tower's configuration and dense weights, computed again only after a weight was written to."""
 
     def __init__(self, tower: nn.Module):
-        self.tower, self.key, self.value = [tower], None, ""  # in a list: else the tower would hold itself as a child
+        self.tower, self.key, self.value = tower, None, ""
 
     def __call__(self) -> str:
-        tower = self.tower[0]
+        tower = self.tower
         dense = [(name, p) for name, p in tower.named_parameters() if not name.startswith("memory.bank.")]
         key = tuple((p.data_ptr(), p._version) for _, p in dense)
         if key != self.key:

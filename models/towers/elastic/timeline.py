@@ -19,12 +19,42 @@ from typing import NamedTuple
 import torch
 
 from elastic_rec.models.ops.causal_lda import Chunks
-from elastic_rec.models.towers.elastic.state import UserState
+from elastic_rec.models.towers.elastic.state import UserState, num_kept
 
 
-def num_kept(count_B: torch.Tensor, chunk: int) -> torch.Tensor:
-    """How many of a user's newest events a state keeps one by one."""
-    return torch.where(count_B < chunk, count_B, chunk + count_B % chunk)
+class Readings(NamedTuple):
+    """Moments at which users are read: I more boundaries, each between two events of its user (ours).
+
+        user's events   [a b c d] [e f g h] [i j .]       C = 4
+        boundaries     ^0        ^1        ^2      ^3
+        reading                       ^ end = 6 sees a..f: boundary 1, and the events e f of its chunk
+
+    A reading's running sums are those of the boundary before it and of at most C events: work O(I·C·D) beside one pass,
+    instead of I passes. It equals a pass over just the events before `end`, so a stored user state gives it too.
+
+    newest_I: the newest event a reading sees (any, where sees_I is False). boundary_I: the one before that event's
+    chunk. event_IC, seen_IC: the events of that chunk, and which of them the reading sees.
+    """
+
+    newest_I: torch.Tensor
+    sees_I: torch.Tensor
+    boundary_I: torch.Tensor
+    event_IC: torch.Tensor
+    seen_IC: torch.Tensor
+
+    @staticmethod
+    def build(chunks: Chunks, user_I: torch.Tensor, ends_I: torch.Tensor) -> Readings:
+        """A reading sees the events [offsets[user], end) of its user. ends_I: positions on the T axis."""
+        sees_I, num_events = ends_I > chunks.tiles.offsets_B1[user_I], chunks.tiles.num_tokens
+        if not num_events:
+            none_IC = torch.zeros(ends_I.numel(), 0, dtype=torch.int64, device=ends_I.device)
+            return Readings(torch.zeros_like(ends_I), sees_I, chunks.first_B[user_I], none_IC, none_IC.bool())
+        newest_I = (ends_I - 1).clamp_min(0)
+        slot_I = chunks.tiles.slot_T[newest_I]
+        boundary_I = torch.where(sees_I, chunks.before_N[slot_I // chunks.chunk], chunks.first_B[user_I])
+        event_IC = (newest_I - slot_I % chunks.chunk)[:, None] + torch.arange(chunks.chunk, device=ends_I.device)
+        seen_IC = (event_IC <= newest_I[:, None]) & sees_I[:, None]
+        return Readings(newest_I, sees_I, boundary_I, event_IC.clamp_max(num_events - 1), seen_IC)
 
 
 @dataclass(frozen=True)
@@ -32,6 +62,7 @@ class Timeline:
     """chunks: of axis E. times_s_E int64. gap_s_T: seconds since the user's event before, -1 for the first ever.
 
     state: what the users' earlier events left; None: there were none, and axes E and T are one.
+    readings: where users are read beside the boundaries; only without a state.
     source_E: row of [kept slots (B*W) ; new events (T)] that stands at each place of E. place_T: the way back.
     """
 
@@ -42,15 +73,22 @@ class Timeline:
     state: UserState | None = None
     source_E: torch.Tensor | None = None
     place_T: torch.Tensor | None = None
+    readings: Readings | None = None
 
     @staticmethod
     def build(
-        offsets_B1: torch.Tensor, times_s_T: torch.Tensor, chunk: int, state: UserState | None = None
+        offsets_B1: torch.Tensor,
+        times_s_T: torch.Tensor,
+        chunk: int,
+        state: UserState | None = None,
+        readings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Timeline:
+        """readings: (user_I, ends_I), as in `Readings.build`."""
         offsets_B1, num_new = offsets_B1.to(torch.int64), times_s_T.numel()
         if state is None:
             chunks = Chunks.build(offsets_B1, num_new, chunk)
-            return Timeline(chunks, offsets_B1, times_s_T, _gaps(chunks, times_s_T))
+            at = None if readings is None else Readings.build(chunks, *readings)
+            return Timeline(chunks, offsets_B1, times_s_T, _gaps(chunks, times_s_T), readings=at)
         device, window = offsets_B1.device, 2 * chunk
         kept_B = num_kept(state.count_B, chunk)
         axis_B1 = torch.cat([kept_B.new_zeros(1), (kept_B + offsets_B1.diff()).cumsum(0)])

@@ -15,15 +15,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import UserState
 
 Window = tuple[int, int]  # number, how many
 
 
 class WindowedTower(CausalTower):
-    """forward(tokens_TD, offsets_B1, times_s_T, every, window) -> CausalOutput, after this window and those before it.
+    """forward(tokens_TD, offsets_B1, times_s_T, every, window) -> TowerOutput, after this window and those before it.
 
     The windows of a batch of users must come in order; window 0 starts anew. The same parameters as CausalTower.
     """
@@ -31,7 +32,7 @@ class WindowedTower(CausalTower):
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__(config, memory, device=device)
         self.keep = KeepState()
-        self.begin = BeginState(self)
+        self.begin = BeginState(config, self.keep)
 
     def forward(
         self,
@@ -40,41 +41,40 @@ class WindowedTower(CausalTower):
         times_s_T: torch.Tensor,
         every: bool = True,
         window: Window = (0, 1),
-    ) -> CausalOutput:
+    ) -> TowerOutput:
         state = self.begin(offsets_B1, window)
-        return self.keep(self.step(tokens_TD, offsets_B1, times_s_T, state, every), window)
+        return self.keep(self.encode(tokens_TD, offsets_B1, times_s_T, state, every), window)
 
 
 class BeginState(nn.Module):
-    """forward(offsets_B1, window) -> the state a window starts from. A module, as KeepState, because it is traced."""
+    """forward(offsets_B1, window) -> the state a window starts from."""
 
-    def __init__(self, tower: WindowedTower):
+    def __init__(self, config: TowerConfig, keep: KeepState):
         super().__init__()
-        self.tower = [tower]  # in a list: else the tower would hold itself as a child
+        self.config, self.keep = config, keep
 
     def forward(self, offsets_B1: torch.Tensor, window: Window) -> UserState:
-        (tower,), (number, count), num_users = self.tower, window, offsets_B1.numel() - 1
+        number, count = window
         if number == 0:
-            # In training the weights change at every step, and nobody asks whose state it is.
-            fingerprint = "in training" if self.training else tower.fingerprint()
-            return UserState.empty(num_users, tower.config, fingerprint=fingerprint, device=offsets_B1.device)
-        if tower.keep.following != number:
+            num_users = offsets_B1.numel() - 1  # no fingerprint: this state never leaves the tower
+            return UserState.empty(num_users, self.config, fingerprint="", device=offsets_B1.device)
+        if self.keep.following != number:
             raise ValueError(
-                f"window {number} of {count} where window {tower.keep.following} was due: give the windows of a batch "
+                f"window {number} of {count} where window {self.keep.following} was due: give the windows of a batch "
                 "in order, each once"
             )
-        return tower.keep.state
+        return self.keep.state
 
 
 class KeepState(nn.Module):
-    """forward((output, state), window) -> output."""
+    """forward((output, state), window) -> output. A module, as BeginState, for its state is no part of the trace."""
 
     def __init__(self):
         super().__init__()
         self.state: UserState | None = None
         self.following = 0
 
-    def forward(self, step: tuple[CausalOutput, UserState], window: Window) -> CausalOutput:
+    def forward(self, step: tuple[TowerOutput, UserState], window: Window) -> TowerOutput:
         number, count = window
         is_last = number + 1 == count
         self.state, self.following = (None, 0) if is_last else (step[1].detach(), number + 1)

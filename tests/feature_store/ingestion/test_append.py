@@ -1,4 +1,4 @@
-"""Daily appends: value for value one ingest of everything; ids that stay; what is refused; generations of one store."""
+"""Daily appends: value for value one ingest of everything; ids that stay; what is refused; versions of one store."""
 
 import os
 import shutil
@@ -17,11 +17,11 @@ from feature_store_reference import (
 )
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.manifest import write_manifest
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.feature_store.table.versions import compact, rollback, writing
+from elastic_rec.feature_store.table.versions import restore, vacuum, writing
 from elastic_rec.feature_store.utils.errors import DataError
 
 CONTEXT = ["action", "rating"]
@@ -29,15 +29,15 @@ NAMES = ["timestamp", "item", *CONTEXT]
 
 
 def add(store, path, **settings) -> dict:
-    return append(IngestConfig(mode="append", input=[str(path)], out=str(store.path), threads=1, **settings))
+    return append(AppendConfig(input=[str(path)], store=str(store.path), threads=1, **settings))
 
 
-def clean(store, grace_hours=0.0) -> dict:
-    return compact(str(store.path), grace_hours=grace_hours)
+def clean(store, retention_hours=0.0) -> dict:
+    return vacuum(str(store.path), retention_hours=retention_hours)
 
 
-def back(store, generation) -> dict:
-    return rollback(str(store.path), generation=generation)
+def back(store, version) -> dict:
+    return restore(str(store.path), version=version)
 
 
 def histories(store, names=NAMES) -> dict:
@@ -61,7 +61,7 @@ def eleven_days(*, strings: bool, days: int = 11) -> list[list[dict]]:
 
 
 @pytest.mark.parametrize(("strings", "event_id"), [(False, None), (True, "event_id")])
-def test_ten_appends_and_a_compaction_equal_one_ingest(tmp_path, strings, event_id):
+def test_ten_appends_and_a_vacuum_equal_one_ingest(tmp_path, strings, event_id):
     days = eleven_days(strings=strings)
     everything = [e for day in days for e in day]
     if event_id:  # events sent again, in the same file and days later
@@ -77,13 +77,13 @@ def test_ten_appends_and_a_compaction_equal_one_ingest(tmp_path, strings, event_
             store, write_events(tmp_path / f"day{number}.{suffixes[number % 3] if not strings else 'parquet'}", day)
         )
         duplicates += figures["dropped_duplicates"]
-        assert (figures["generation"], figures["events"]) == (number, Store.open(store.path).num_events)
+        assert (figures["version"], figures["events"]) == (number, Store.open(store.path).num_events)
     assert duplicates == (60 if event_id else 0)
     whole = make_store(tmp_path / "whole", sent, context_columns=CONTEXT, event_id_column=event_id)
     before = Store.open(store.path).manifest["hash"]
     figures = clean(store)
     grown = Store.open(store.path)
-    assert figures["kept_generations"] == [10] and grown.manifest["hash"] == before
+    assert figures["kept_versions"] == [10] and grown.manifest["hash"] == before
     grown.verify()
     want = reference_histories(everything, event_id=event_id is not None)
     assert histories(grown) == histories(whole) == pick(want, NAMES)
@@ -149,21 +149,21 @@ def test_the_same_file_again_is_refused_unless_forced(tmp_path):
     add(store, day)
     renamed = shutil.copy(day, tmp_path / "renamed.csv")
     for source, where in (
-        (renamed, "d.csv, generation 1"),
-        (tmp_path / "events.parquet", "events.parquet, generation 0"),
+        (renamed, "d.csv, version 1"),
+        (tmp_path / "events.parquet", "events.parquet, version 0"),
     ):
         with pytest.raises(DataError, match=rf"the same bytes were taken before \(.*{where}\).*force=true"):
             add(store, source)
     other = write_events(tmp_path / "e.csv", events[:5])
-    twice = IngestConfig(mode="append", input=[other, shutil.copy(other, tmp_path / "f.csv")], out=str(store.path))
+    twice = AppendConfig(input=[other, shutil.copy(other, tmp_path / "f.csv")], store=str(store.path))
     with pytest.raises(DataError, match=r"f\.csv: the same bytes as .*e\.csv; each row"):
         append(twice)
-    assert Store.open(store.path).generation == 1
+    assert Store.open(store.path).version == 1
     assert add(store, renamed, force=True)["events"] == 400
     assert histories(Store.open(store.path), NAMES[:2]) == pick(reference_histories(events + events[200:]), NAMES[:2])
 
 
-def test_the_same_events_again_are_no_new_generation(tmp_path):
+def test_the_same_events_again_are_no_new_version(tmp_path):
     events = random_events(300)
     store = make_store(tmp_path, events[:200], event_id_column="event_id")
     day = write_events(tmp_path / "d.csv", events[200:])
@@ -171,7 +171,7 @@ def test_the_same_events_again_are_no_new_generation(tmp_path):
     now = Store.open(store.path).manifest
     figures = add(store, day)
     assert (figures["dropped_duplicates"], figures["appended_events"], figures["events"]) == (100, 0, 300)
-    assert figures["generation"] == 1 and Store.open(store.path).manifest == now
+    assert figures["version"] == 1 and Store.open(store.path).manifest == now
 
 
 def test_appends_that_cannot_be_exact_are_refused(tmp_path):
@@ -182,13 +182,13 @@ def test_appends_that_cannot_be_exact_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"was made with min_item_events=2: .* ingest everything anew"):
         add(filtered, day)
     store = make_store(tmp_path / "b", events[:200])
-    for settings, match in (
-        ({"num_buckets": 8}, r"num_buckets=8, but .* was made with 3; leave num_buckets out"),
-        ({"context_columns": ["action"]}, r"context_columns=\['action'\], but .* was made with \[\]"),
-        ({"timestamp_unit": "ms"}, "was made with TimeUnit.s"),
-        ({"min_user_events": 5}, "min_user_events=5, but"),
+    for settings in (
+        {"num_buckets": 8},
+        {"context_columns": ["action"]},
+        {"timestamp_unit": "ms"},
+        {"overwrite": True},
     ):
-        with pytest.raises(DataError, match=match):
+        with pytest.raises(TypeError, match=next(iter(settings))):  # what the store was made with cannot be given
             add(store, day, **settings)
     with pytest.raises(DataError, match=r"input has item 'hat', but .* holds integers there"):
         add(store, words)
@@ -199,19 +199,10 @@ def test_appends_that_cannot_be_exact_are_refused(tmp_path):
         assert sorted(p.name for p in (tmp_path / folder / "store").glob("manifest*")) == ["manifest.json"]
         assert not (tmp_path / folder / "store" / ".append").exists()
     with pytest.raises(DataError, match="no such folder; make the store first"):
-        append(IngestConfig(mode="append", input=[day], out=str(tmp_path / "none")))
-    for settings, match in (
-        ({"mode": "append", "overwrite": True}, "set only one"),
-        ({"mode": "rollback"}, "rollback needs a generation"),
-        ({"mode": "compact", "input": ["x"]}, "reads no input"),
-        ({"force": True}, "no effect on mode=create"),
-        ({"mode": "compact", "grace_hours": -1.0}, "grace_hours=-1.0"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            IngestConfig(**settings)
+        append(AppendConfig(input=[day], store=str(tmp_path / "none")))
 
 
-def test_a_flipped_bit_is_not_copied_into_a_new_generation(tmp_path):
+def test_a_flipped_bit_is_not_copied_into_a_new_version(tmp_path):
     events = random_events(300)
     store = make_store(tmp_path, events[:200])
     path = store.files[0].path
@@ -222,7 +213,7 @@ def test_a_flipped_bit_is_not_copied_into_a_new_generation(tmp_path):
         add(store, write_events(tmp_path / "d.csv", events[200:]))
 
 
-def test_readers_of_old_generations_go_on_until_a_compaction_after_the_grace(tmp_path):
+def test_readers_of_old_versions_go_on_until_a_vacuum_after_the_retention(tmp_path):
     events = random_events(600)
     store = make_store(tmp_path, events[:200])
 
@@ -235,51 +226,53 @@ def test_readers_of_old_generations_go_on_until_a_compaction_after_the_grace(tmp
     read = [next(half_way)]
     for number in (1, 2):
         add(store, write_events(tmp_path / f"{number}.csv", events[200 * number : 200 * number + 200]))
-    assert clean(store, grace_hours=1)["dropped_generations"] == []  # all three were current a moment ago
-    assert epoch(first) == epoch(Store.open(store.path, generation=0)) == wanted
+    assert clean(store, retention_hours=1)["dropped_versions"] == []  # all three were current a moment ago
+    assert epoch(first) == epoch(Store.open(store.path, version=0)) == wanted
     read += list(half_way)
     assert [b.rows.tolist() for b in read] == [rows for rows, *_ in wanted]
-    assert Store.open(store.path, generation=1).num_events == 400
+    assert Store.open(store.path, version=1).num_events == 400
     long_ago = time.time() - 7200
     os.utime(store.path / "manifest-000000.json", (long_ago, long_ago))
-    figures = clean(store, grace_hours=1)
-    assert figures["dropped_generations"] == [0] and figures["freed_bytes"] > 0
-    assert Store.open(store.path, generation=1).num_events == 400  # younger generations keep their files
-    with pytest.raises(DataError, match=r"no generation 0; there are 1, 2"):
-        Store.open(store.path, generation=0)
+    figures = clean(store, retention_hours=1)
+    assert figures["dropped_versions"] == [0] and figures["freed_bytes"] > 0
+    assert Store.open(store.path, version=1).num_events == 400  # younger versions keep their files
+    with pytest.raises(DataError, match=r"no version 0; there are 1, 2"):
+        Store.open(store.path, version=0)
     with pytest.raises(DataError, match=r"cannot be opened .*open the store again"):
         epoch(first)
     Store.open(store.path).verify()
 
 
-def test_rollback_and_on_from_there(tmp_path):
+def test_restore_and_on_from_there(tmp_path):
     events = random_events(800)
     store = make_store(tmp_path, events[:200])
     days = [write_events(tmp_path / f"{n}.csv", events[200 * n : 200 * n + 200]) for n in (1, 2, 3)]
     hashes = [store.manifest["hash"]] + [add(store, day)["hash"] for day in days[:2]]
     figures = back(store, 1)
-    assert (figures["was"], figures["generation"], figures["hash"]) == (2, 1, hashes[1])
+    assert (figures["was"], figures["version"], figures["hash"]) == (2, 1, hashes[1])
     assert Store.open(store.path).manifest["hash"] == hashes[1]
     back(store, 0)
     assert histories(Store.open(store.path), NAMES[:2]) == pick(reference_histories(events[:200]), NAMES[:2])
     back(store, 1)
-    assert add(store, days[2])["generation"] == 3  # numbers are not used twice
-    assert add(store, days[1])["generation"] == 4  # what was rolled back may be appended again
+    assert add(store, days[2])["version"] == 3  # numbers are not used twice
+    assert add(store, days[1])["version"] == 4  # what was restored over may be appended again
     order = events[:400] + events[600:] + events[400:600]
     assert histories(Store.open(store.path), NAMES[:2]) == pick(reference_histories(order), NAMES[:2])
-    with pytest.raises(DataError, match=r"no generation 9; there are 0, 1, 2, 3, 4"):
+    with pytest.raises(DataError, match=r"no version 9; there are 0, 1, 2, 3, 4"):
         back(store, 9)
-    assert clean(store)["dropped_generations"] == [0, 1, 2, 3]
+    assert clean(store)["dropped_versions"] == [0, 1, 2, 3]
     Store.open(store.path).verify()
 
 
-def test_a_pointer_to_a_missing_generation_is_refused_and_rollback_mends_it(tmp_path):
+def test_a_pointer_to_a_missing_version_is_refused_and_restore_mends_it(tmp_path):
     events = random_events(600)
     store = make_store(tmp_path, events[:200])
     for n in (1, 2):
         add(store, write_events(tmp_path / f"{n}.csv", events[200 * n : 200 * n + 200]))
     (store.path / "manifest-000002.json").delete()
-    match = r"names generation 2, but manifest-000002\.json is missing; .*take one of 0, 1, with .*mode=rollback"
+    match = (
+        r"names version 2, but manifest-000002\.json is missing; .*take one of 0, 1, with .*ingest.py restore version=N"
+    )
     with pytest.raises(DataError, match=match):
         Store.open(store.path)
     with pytest.raises(DataError, match=match):
@@ -295,12 +288,12 @@ def test_one_writer_at_a_time(tmp_path):
     events = random_events(300)
     store = make_store(tmp_path, events[:200])
     day = write_events(tmp_path / "d.csv", events[200:])
-    at_work = "another append, compaction or rollback is at work"
+    at_work = "another append, vacuum or restore is at work"
     with writing(str(store.path)):
         for write in (lambda: add(store, day), lambda: clean(store), lambda: back(store, 0)):
             with pytest.raises(DataError, match=at_work):
                 write()
-        with pytest.raises(DataError, match="an append or compaction is at work in it"):
+        with pytest.raises(DataError, match="an append or vacuum is at work in it"):
             make_store(tmp_path, events, overwrite=True)
         assert Store.open(store.path).num_events == 200  # readers take no lock
     assert add(store, day)["events"] == 300
@@ -310,7 +303,7 @@ def test_stores_from_before_appends_still_open_but_do_not_grow(tmp_path):
     store = make_store(tmp_path, random_events(100))
     old = {k: v for k, v in store.manifest.items() if k not in ("generation", "row_group_events")}
     write_manifest(store.path / "manifest.json", old)
-    assert Store.open(store.path).generation == Store.open(store.path, generation=0).generation == 0
+    assert Store.open(store.path).version == Store.open(store.path, version=0).version == 0
     with pytest.raises(DataError, match="written before appends"):
         add(store, write_events(tmp_path / "d.csv", random_events(5)))
 
@@ -332,6 +325,6 @@ def test_appends_do_not_depend_on_threads_or_memory(tmp_path):
     for threads, memory in ((1, "1GB"), (4, "64MB")):
         store = make_store(tmp_path, events[:3000], overwrite=True)
         day = write_events(tmp_path / "d.parquet", events[3000:])
-        config = IngestConfig(mode="append", input=[day], out=str(store.path), threads=threads, memory_limit=memory)
+        config = AppendConfig(input=[day], store=str(store.path), threads=threads, memory_limit=memory)
         hashes.add(append(config)["hash"])
     assert len(hashes) == 1

@@ -20,7 +20,8 @@ from feature_store_reference import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.writer import cut_histories
 from elastic_rec.feature_store.table.schema import history_schema
 from elastic_rec.feature_store.table.store import Store
@@ -189,7 +190,7 @@ def test_user_vocabulary_and_user_ids(tmp_path):
     batch_size=st.integers(1, 12),
     row_group_events=st.integers(1, 15),
 )
-def test_cutter_does_not_depend_on_batches_and_loses_nothing(lengths, batch_size, row_group_events):
+def test_writer_does_not_depend_on_batches_and_loses_nothing(lengths, batch_size, row_group_events):
     """lengths: (events of a user, does a new bucket begin with him)."""
     users = np.repeat(np.arange(len(lengths)), [n for n, _ in lengths])
     buckets = np.cumsum([new for _, new in lengths])[users]

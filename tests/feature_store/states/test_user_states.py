@@ -1,4 +1,4 @@
-"""User states beside the store: every event is folded in once, in order, whatever days, crashes and rollbacks bring.
+"""User states beside the store: every event is folded in once, in order, whatever days, crashes and restores bring.
 
 The states here are 24 bytes of a test's own: how many events, a hash that depends on their order, a sum that does not.
 """
@@ -161,7 +161,7 @@ def test_only_row_groups_with_new_events_are_decoded(tmp_path):
     assert states_of(store)[user] == expected(store)[user]
 
 
-def test_a_rollback_is_noticed_and_encoded_again(tmp_path):
+def test_a_restore_is_noticed_and_encoded_again(tmp_path):
     days = eleven_days(strings=False)
     store = make_store(tmp_path, days[0], num_buckets=2, context_columns=["action"])
     for number in (1, 2):

@@ -23,7 +23,7 @@ FLIPS = 150
 def everything(root: Path) -> list:
     """All that readers give of a store, in a form that can be compared."""
     store = Store.open(root)
-    found = [store.manifest["hash"], Store.open(root, generation=0).manifest["hash"]]
+    found = [store.manifest["hash"], Store.open(root, version=0).manifest["hash"]]
     decoder = Decoder(store, store.columns)
     for group in range(len(decoder.groups)):
         users = decoder.decode(group)
@@ -86,7 +86,7 @@ def outcome(root: Path, path: Path, bit: int, before: list) -> str:
         try:
             now = everything(root)
         except DataError as error:
-            assert path.name in str(error) or "states that" in str(error) or "generation" in str(error), error
+            assert path.name in str(error) or "states that" in str(error) or "version" in str(error), error
             return "noticed when read"
         if same(now, before):
             return "found by verify, of no effect" if findings.broken else "of no effect"

@@ -15,13 +15,14 @@ from feature_store_reference import (
 )
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table import staging
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.feature_store.table.versions import compact, publish, rollback
+from elastic_rec.feature_store.table.versions import publish, restore, vacuum
 from elastic_rec.feature_store.utils.errors import DataError
 
 NAMES = ["timestamp", "item"]
@@ -41,8 +42,8 @@ def place(request, tmp_path, monkeypatch):
     return f"s3://bucket/{name}"
 
 
-def histories(url, generation=None):
-    return pick(stored_histories(Store.open(url, generation=generation), ["item"]), NAMES)
+def histories(url, version=None):
+    return pick(stored_histories(Store.open(url, version=version), ["item"]), NAMES)
 
 
 def epoch(url):
@@ -50,7 +51,7 @@ def epoch(url):
     return [(b.rows.tolist(), b.columns["item"].tolist(), b.times_s.tolist()) for b in reader.epoch(0)]
 
 
-def test_ingest_append_compact_and_roll_back(place, tmp_path):
+def test_ingest_append_vacuum_and_restore(place, tmp_path):
     events = random_events(700)
     days = [write_events(tmp_path / f"{n}.parquet", events[n * 300 :][:300]) for n in range(3)]
     local, out = str(tmp_path / "plain"), f"{place}/store"
@@ -61,16 +62,16 @@ def test_ingest_append_compact_and_roll_back(place, tmp_path):
     assert epoch(out) == epoch(local)
     assert Store.open(out).user_ids([3, -1, 0]).to_pylist() == Store.open(local).user_ids([3, -1, 0]).to_pylist()
     for number, day in enumerate(days[1:], 1):
-        figures = append(IngestConfig(mode="append", input=[day], out=out, threads=1))
-        assert figures["generation"] == number
+        figures = append(AppendConfig(input=[day], store=out, threads=1))
+        assert figures["version"] == number
     with pytest.raises(DataError, match="the same bytes were taken before"):
-        append(IngestConfig(mode="append", input=[days[1]], out=out))
+        append(AppendConfig(input=[days[1]], store=out))
     assert histories(out) == pick(reference_histories(events), NAMES)
     assert histories(out, 1) == pick(reference_histories(events[:600]), NAMES)
-    assert rollback(out, generation=1)["was"] == 2
-    assert compact(out, grace_hours=24)["dropped_generations"] == []  # all younger than the grace
-    figures = compact(out, grace_hours=0)
-    assert figures["dropped_generations"] == [0, 2] and figures["freed_bytes"] > 0
+    assert restore(out, version=1)["was"] == 2
+    assert vacuum(out, retention_hours=24)["dropped_versions"] == []  # all within the retention
+    figures = vacuum(out, retention_hours=0)
+    assert figures["dropped_versions"] == [0, 2] and figures["freed_bytes"] > 0
     assert histories(out) == pick(reference_histories(events[:600]), NAMES)
     Store.open(out).verify()
     named = {e["path"] for key in ("files",) for e in Store.open(out).manifest[key]}
@@ -170,7 +171,7 @@ def test_a_second_writer_is_noticed_where_nothing_locks(tmp_path):
     first, day = (write_events(tmp_path / f"{n}.parquet", events[n * 100 :][:100]) for n in range(2))
     ingest(IngestConfig(input=[first], out=out, **SETTINGS))
     base = Store.open(out).manifest
-    append(IngestConfig(mode="append", input=[day], out=out, threads=1))
+    append(AppendConfig(input=[day], store=out, threads=1))
     with pytest.raises(DataError, match="another writer changed the store meanwhile; nothing was appended"):
         publish(open_location(out), 2, {**base, "parent": base["hash"]})
     assert histories(out) == pick(reference_histories(events), NAMES)

@@ -7,7 +7,7 @@ import os
 import pytest
 from feature_store_reference import make_store, random_events
 
-from elastic_rec.feature_store.table.versions import compact
+from elastic_rec.feature_store.table.versions import vacuum
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.locks import hold_folder
 from elastic_rec.feature_store.utils.scratch import scratch_folder
@@ -23,7 +23,7 @@ def test_a_disk_without_locks(tmp_path, monkeypatch):
     for begin in (
         scratch_folder(tmp_path).__enter__,
         hold_folder(tmp_path / "run", job="training", remedy="wait").__enter__,
-        lambda: compact(str(store.path), grace_hours=24),
+        lambda: vacuum(str(store.path), retention_hours=24),
     ):
         with pytest.raises(DataError, match=f"^{tmp_path}/.* cannot be locked .*Bad file descriptor.*NFS"):
             begin()

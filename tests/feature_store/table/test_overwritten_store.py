@@ -221,7 +221,7 @@ def test_a_vocabulary_is_checked_before_an_append_carries_it_on(tmp_path):
     damage(vocabulary, 30)
     with pytest.raises(DataError, match=rf"{vocabulary.name}: changed since ingest"):
         add_day(store, tmp_path)
-    assert Store.open(store.path).generation == 0
+    assert Store.open(store.path).version == 0
 
 
 def test_credentials_in_an_old_manifest_are_not_carried_on(tmp_path):

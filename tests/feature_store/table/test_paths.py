@@ -131,7 +131,7 @@ def test_links_to_a_precious_folder_outlive_every_write(tmp_path, precious):
     fold_store(store)
     assert clean(store)["deleted_files"] > 0
     add_impressions(store, tmp_path, seed=2)
-    back(store, store.generation)
+    back(store, store.version)
     with pytest.raises(DataError, match=r"broken\.parquet: not readable as Parquet"):
         ingest_impressions(_broken_impressions(tmp_path), out=str(root), threads=1)
     with pytest.raises(DataError, match=r"no store wrote \(bucket=0000/notes\.txt, .* more\); move them away"):
@@ -185,13 +185,13 @@ def test_an_out_that_is_a_link_stays_one(tmp_path):
 def test_a_failing_ingest_and_a_store_without_its_manifest(tmp_path, precious):
     store = make_store(tmp_path, random_events(50))
     add_day(store, tmp_path)
-    (Path(store.path) / "manifest.json").unlink()  # a rollback mends that: it must not count as no store
+    (Path(store.path) / "manifest.json").unlink()  # a restore mends that: it must not count as no store
     with pytest.raises(DataError, match=r"a store is there already.*overwrite=true"):
         make_store(tmp_path, random_events(30))
     back(store, 1)
     with pytest.raises(DataError, match="no users left"):
         make_store(tmp_path, random_events(30), overwrite=True, min_user_events=1000)
-    assert Store.open(store.path).generation == 1
+    assert Store.open(store.path).version == 1
     with pytest.raises(DataError, match=r"no store wrote \(a\.txt, .* and 1 more\)"):
         make_store(precious.parent / "other", random_events(30), out=str(precious), overwrite=True)
     assert is_whole(precious)

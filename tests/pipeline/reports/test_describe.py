@@ -17,10 +17,11 @@ from ranking_data import make_ranking_store
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.inspection.statistics import measure
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.pipeline.config.data import DescribeConfig
+from elastic_rec.pipeline.config.describe import DescribeConfig
 from elastic_rec.pipeline.describe import target_of
 from elastic_rec.pipeline.reports.store_figures import duration, store_figures
 from elastic_rec.pipeline.reports.store_page import page
@@ -76,14 +77,14 @@ def store(tmp_path) -> Path:
     )
     ingest(config)
     day = write(tmp_path / "b.parquet", [(4, "d", 13 * DAY_S, "view")])
-    append(IngestConfig(mode="append", input=[day], out=str(tmp_path / "mine")))
+    append(AppendConfig(input=[day], store=str(tmp_path / "mine")))
     return tmp_path / "mine"
 
 
 def test_figures_and_page(store):
     figures = run("describe", f"store={store}", "max_history=[3,1]")
     assert figures["report"] == f"{store}.html"
-    assert (figures["users"], figures["events"], figures["items"], figures["generation"]) == (4, 9, 4, 1)
+    assert (figures["users"], figures["events"], figures["items"], figures["version"]) == (4, 9, 4, 1)
     lengths = {"0": 1, "1": 1, "5": 1, "25": 1, "50": 1, "75": 2, "95": 5, "99": 5, "100": 5}
     assert figures["lengths"] == {**lengths, "mean": 2.25}
     assert list(figures["max_history"]) == ["1", "3"]
@@ -95,8 +96,8 @@ def test_figures_and_page(store):
     assert figures["popularity"]["top"][0] == [NASTY, 6] and figures["popularity"]["once"] == 3
     assert figures["gaps"]["count"] == 5 and figures["gaps"]["s"]["100"] == 2 * DAY_S - 300
     assert figures["context"] == {"action": {"values": 2, "unknown": 0, "top": [["view", 7], ["buy", 2]]}}
-    assert [(g["generation"], g["events"], g["input_events"]) for g in figures["generations"]] == [(0, 8, 8), (1, 9, 1)]
-    assert [g["checks"]["out_of_order"] for g in figures["generations"]] == [1, 0]
+    assert [(g["version"], g["events"], g["input_events"]) for g in figures["versions"]] == [(0, 8, 8), (1, 9, 1)]
+    assert [g["checks"]["out_of_order"] for g in figures["versions"]] == [1, 0]
     for line in ("9 events of 4 users and 4 items", "1 keeps 44.4%; 3 keeps 77.8%", "3 items occur once"):
         assert line in figures["stderr"]
 
@@ -108,7 +109,7 @@ def test_figures_and_page(store):
     for picture in parsed.pictures:
         ElementTree.fromstring(picture)
 
-    again = run("describe", f"store={store}", "generation=0", f"out={store.parent / 'new' / 'old.html'}")
+    again = run("describe", f"store={store}", "version=0", f"out={store.parent / 'new' / 'old.html'}")
     assert again["events"] == 8 and (store.parent / "new" / "old.html").is_file()
 
 
@@ -155,8 +156,8 @@ def test_refusals_leave_what_was_there(store, tmp_path):
             target_of(DescribeConfig(**settings))
     with pytest.raises(ValueError, match="give limits of at least 1 event"):
         DescribeConfig(max_history=[0])
-    code, stderr = fail("describe", f"store={store}", "generation=7")
-    assert code == 2 and "no generation 7; there are 0, 1" in stderr
+    code, stderr = fail("describe", f"store={store}", "version=7")
+    assert code == 2 and "no version 7; there are 0, 1" in stderr
     data = next((store / "bucket=0001").glob("*.parquet"))
     data.write_bytes(data.read_bytes()[:-1])
     code, stderr = fail("describe", f"store={store}")

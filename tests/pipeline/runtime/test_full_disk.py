@@ -42,7 +42,7 @@ def made(verbs, tmp_path_factory) -> Path:
 
 
 def train(folder: Path) -> list[str]:
-    causal = ["model.attention=causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
+    causal = ["model.tower=elastic_causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
     return [*helpers.SMALL_TRAIN, *causal, f"data.store={folder}/items/store"]
 
 
@@ -55,8 +55,14 @@ def command(name: str, made: Path, place: Path) -> list[str]:
         "train": ["train", *train(made), f"run.dir={place}/run"],
         "evaluate": ["evaluate", f"run={place}/run"],
         "full": run,
-        "incremental": [*run, "mode=incremental", f"store={made}/items/store"],
-        "ranking": ["score", f"run={made}/ranking-run", f"candidates={made}/lists.parquet", f"out={place}/ranking"],
+        "incremental": ["score", "incremental", *run[1:], f"store={made}/items/store"],
+        "ranking": [
+            "score",
+            "ranking",
+            f"run={made}/ranking-run",
+            f"candidates={made}/lists.parquet",
+            f"out={place}/ranking",
+        ],
         "describe": ["describe", f"store={made}/items/store", f"out={place}/page.html"],
     }[name]
 
@@ -140,7 +146,7 @@ def test_a_path_below_a_file(verbs, made, tmp_path, name):
         (["evaluate", "run={}/none"], "is not a run folder"),
         (["score", "run={}/none", "out={}/scores"], "is not a run folder"),
         (["describe", "store={}/none"], "unfinished or not a history store"),
-        (["describe", "store={}/items/store", "generation=7", "out={}/x.html"], "no generation 7"),
+        (["describe", "store={}/items/store", "version=7", "out={}/x.html"], "no version 7"),
         (["train", "data.store={}/none", "run.dir={}/x"], "not a history store"),
         (["ingest", "data=files", "data.ingest.input=[{}/none.csv]", "data.store={}/x"], "no file matches"),
         (["score", "run={}/run", "out={}/scores", "store={}/none"], "not a history store"),

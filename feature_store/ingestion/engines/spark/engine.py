@@ -2,7 +2,7 @@
 
     input files --read_files, a task per file--> events (persisted)   DuckDB parses and checks them, as always
     events      --clean, select--> kept events, vocabularies          Spark SQL: windows, joins, counts
-    kept events --a partition per bucket, sorted--> write_buckets     the run-cutter, on the executors
+    kept events --a partition per bucket, sorted--> write_buckets     the writer, on the executors
 
 Spark moves, counts and sorts; it never reads or writes a file of the user's, so paths and credentials are those of
 location.py. The driver sees vocabularies and one line per file. Input order, the tie-break of the sort, is `seq`:

@@ -1,6 +1,6 @@
 """What Spark's executors run in Python: read one input file, write the buckets of one partition.
 
-Both are the code that an ingest on one machine runs, DuckDB's reader and the run-cutter, so parsing, messages and bytes
+Both are the code that an ingest on one machine runs, DuckDB's reader and the writer, so parsing, messages and bytes
 are the same. Neither needs PySpark or torch: Arrow batches in, Arrow batches out.
 
 A fault of the data is an answer, not an exception, which Spark would retry and then wrap: the last row a task yields
@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from elastic_rec.feature_store.ingestion.checks import SEQ, ChecksConfig
-from elastic_rec.feature_store.ingestion.contents import write_sorted
 from elastic_rec.feature_store.ingestion.engines.duckdb import DuckEngine
+from elastic_rec.feature_store.ingestion.writer import write_sorted
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.table.manifest import put_in_place
 from elastic_rec.feature_store.utils.errors import DataError

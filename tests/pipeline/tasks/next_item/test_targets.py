@@ -11,9 +11,11 @@ import torch.distributed as dist
 from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import SplitConfig
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, TrainConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import start_world
@@ -151,20 +153,20 @@ def test_evaluation_of_an_empty_stage_is_refused_before_a_model_is_built(world, 
         run_evaluation(EvaluateConfig(run=config.run.dir, store=other), world)
 
 
-def test_targets_of_an_earlier_generation_were_trained_on(world, tmp_path):
-    """Day 8 is appended before training, so that the last events of generation 0 are training events."""
+def test_targets_of_an_earlier_version_were_trained_on(world, tmp_path):
+    """Day 8 is appended before training, so that the last events of version 0 are training events."""
     store = store_of(tmp_path, *([list(range(8))] * 9))
     day = pa.table({"user_id": range(9), "item_id": [3] * 9, "timestamp": [8 * 86_400] * 9})
     pq.write_table(day, tmp_path / "day8.parquet")
-    append(IngestConfig(mode="append", input=[str(tmp_path / "day8.parquet")], out=store, threads=1))
+    append(AppendConfig(input=[str(tmp_path / "day8.parquet")], store=store, threads=1))
     config = config_of(store)
     config.run.dir, config.memory.num_keys, config.optim.max_steps = str(tmp_path / "run"), 4, 1
     config.model.width, config.model.heads, config.model.layers, config.model.experts = 8, 2, 1, 2
     train(config, world)
     for where in ("", store):
-        with pytest.raises(ConfigError, match=r"generation 0 of .* is earlier than the run's, 1: with .* trained on"):
-            run_evaluation(EvaluateConfig(run=config.run.dir, store=where, generation=0), world)
-    assert run_evaluation(EvaluateConfig(run=config.run.dir, generation=1), world)["users"] == 9
+        with pytest.raises(ConfigError, match=r"version 0 of .* is earlier than the run's, 1: with .* trained on"):
+            run_evaluation(EvaluateConfig(run=config.run.dir, store=where, version=0), world)
+    assert run_evaluation(EvaluateConfig(run=config.run.dir, version=1), world)["users"] == 9
 
 
 def test_survey_of_two_stages_names_the_first_that_is_empty(world, tmp_path):

@@ -6,20 +6,19 @@ import pytest
 import torch
 from test_causal import LENGTHS, C, D, events
 
-from elastic_rec.models.towers.elastic.as_of import AsOfTower
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
 
 
-def towers(*, memory: bool, time: str = "past") -> tuple[AsOfTower, CausalTower]:
+def towers(*, memory: bool, time: str = "past") -> tuple[CausalTower, CausalTower]:
     config = TowerConfig(
-        width=D, heads=2, experts=4, layers=3, dropout=0.0, attention="causal", chunk=C, time=time, moments=3
+        width=D, heads=2, experts=4, layers=3, dropout=0.0, tower="elastic_causal", chunk=C, time=time, moments=3
     )
     settings = MemoryConfig(enabled=memory, num_keys=8, heads=2, top_r=3)
     torch.manual_seed(0)
-    as_of, plain = AsOfTower(config, settings), CausalTower(config, settings)
-    plain.load_state_dict(as_of.state_dict())
-    return as_of, plain
+    tower, plain = CausalTower(config, settings), CausalTower(config, settings)
+    plain.load_state_dict(tower.state_dict())
+    return tower, plain
 
 
 def readings(offsets_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,14 +37,14 @@ def loss_of(output, weights_IKD: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("time", ["past", "none"])
 def test_a_reading_equals_a_pass_over_the_events_before_it_and_so_do_gradients(memory, time):
-    as_of, plain = towers(memory=memory, time=time)
+    tower, plain = towers(memory=memory, time=time)
     tokens_TD, offsets_B1, times_s_T = events(LENGTHS)
     user_I, ends_I = readings(offsets_B1)
     tokens_TD.requires_grad_()
-    got = as_of(tokens_TD, offsets_B1, times_s_T, user_I, ends_I)
+    got = tower(tokens_TD, offsets_B1, times_s_T, readings=(user_I, ends_I))
     weights = torch.randn(got.interests.shape, generator=torch.Generator().manual_seed(1))
     loss_of(got, weights).backward()
-    got_grad = [tokens_TD.grad.clone(), *(p.grad.clone() for p in as_of.parameters() if p.grad is not None)]
+    got_grad = [tokens_TD.grad.clone(), *(p.grad.clone() for p in tower.parameters() if p.grad is not None)]
 
     tokens_TD.grad = None
     index = torch.cat([torch.arange(offsets_B1[u], e) for u, e in zip(user_I, ends_I, strict=True)])
@@ -61,24 +60,25 @@ def test_a_reading_equals_a_pass_over_the_events_before_it_and_so_do_gradients(m
 
 
 def test_a_later_event_changes_no_bit_of_a_reading():
-    as_of, _ = towers(memory=True)
+    tower, _ = towers(memory=True)
     tokens_TD, offsets_B1, times_s_T = events([37, 9])
     user_I, ends_I = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 18, 40, 5])
-    before = as_of(tokens_TD, offsets_B1, times_s_T, user_I, ends_I)
+    before = tower(tokens_TD, offsets_B1, times_s_T, readings=(user_I, ends_I))
     changed_TD, later_T = tokens_TD.clone(), times_s_T.clone()
     changed_TD[18:37], later_T[18:37] = torch.randn(19, D), later_T[18:37] + 10**7
     changed_TD[40:] += 1.0
-    after = as_of(changed_TD, offsets_B1, later_T, user_I, ends_I)
+    after = tower(changed_TD, offsets_B1, later_T, readings=(user_I, ends_I))
     assert torch.equal(before.interests, after.interests) and torch.equal(before.summary, after.summary)
     assert all(torch.equal(a, b) for a, b in zip(before.moments, after.moments, strict=True))
-    late = as_of(changed_TD, offsets_B1, later_T, torch.tensor([0]), torch.tensor([19]))
+    late = tower(changed_TD, offsets_B1, later_T, readings=(torch.tensor([0]), torch.tensor([19])))
     assert not torch.allclose(late.summary, before.summary[1])
 
 
 def test_no_events_at_all():
-    as_of, plain = towers(memory=True)
+    tower, plain = towers(memory=True)
     none = torch.zeros(0, dtype=torch.int64)
-    got = as_of(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, torch.tensor([0, 1]), torch.zeros(2).long())
+    at = torch.tensor([0, 1]), torch.zeros(2).long()
+    got = tower(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, readings=at)
     want = plain(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, False)
     torch.testing.assert_close(got.interests, want.interests)
     torch.testing.assert_close(got.summary, want.summary)
@@ -86,14 +86,14 @@ def test_no_events_at_all():
 
 
 def test_a_stored_state_answers_with_the_same_numbers():
-    as_of, _ = towers(memory=True)
-    as_of.eval()
+    tower, _ = towers(memory=True)
+    tower.eval()
     tokens_TD, offsets_B1, times_s_T = events([37])
     none = torch.zeros(0, dtype=torch.int64)
     with torch.no_grad():
-        state = as_of.step(tokens_TD[:21], torch.tensor([0, 21]), times_s_T[:21], as_of.init_state(1))[1]
-        output, _ = as_of.step(torch.zeros(0, D), torch.zeros(2, dtype=torch.int64), none, state, False)
-        got = as_of(tokens_TD, offsets_B1, times_s_T, torch.tensor([0]), torch.tensor([21]))
+        state = tower.step(tokens_TD[:21], torch.tensor([0, 21]), times_s_T[:21], tower.init_state(1))[1]
+        output, _ = tower.step(torch.zeros(0, D), torch.zeros(2, dtype=torch.int64), none, state, False)
+        got = tower(tokens_TD, offsets_B1, times_s_T, readings=(torch.tensor([0]), torch.tensor([21])))
     torch.testing.assert_close(output.interests, got.interests, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.summary, got.summary, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.moments, got.moments, rtol=1e-4, atol=1e-5)
