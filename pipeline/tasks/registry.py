@@ -21,7 +21,7 @@ def make_task(config: TrainConfig, *, world: World, store: str = "", rows: dict[
 
 def _check_same_store(task: AnyTask) -> None:
     """Raises DataError where an append or an overwrite came between two ranks' opening of the store."""
-    mine = task.store.manifest["hash"] + (task.table.manifest["hash"] if isinstance(task, RankingTask) else "")
+    mine = task.store.manifest.hash + (task.table.manifest.hash if isinstance(task, RankingTask) else "")
     hashes = task.world.of_all(mine)
     if len(set(hashes)) > 1:
         raise DataError(

@@ -199,7 +199,7 @@ def score_increment(task: NextItemTask, model: nn.Module, *, step: int, fingerpr
         **counts,
         "users": sum(rows.values()),
         "store_events": task.store.num_events,
-        "store_bytes": sum(entry["bytes"] for entry in task.store.manifest["files"]),
+        "store_bytes": sum(entry.bytes for entry in task.store.manifest.files),
         "bytes_per_state": shared.folder.state_bytes,
         "parts": len(rows),
         "seconds": round(time.perf_counter() - start, 2),

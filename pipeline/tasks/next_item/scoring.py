@@ -57,7 +57,7 @@ def score_store(task: NextItemTask, model: nn.Module, *, step: int, fingerprint:
     asked_s = query_time_s(task, config)
     about = {
         **job_settings(config, step=step),
-        "store": task.store.manifest["hash"],
+        "store": task.store.manifest.hash,
         "max_history": task.config.data.max_history,
         "query_time": asked_s,
         "model": fingerprint,
@@ -180,7 +180,7 @@ def recommend(
 
 
 def _schema(task: NextItemTask) -> pa.Schema:
-    user, item = (ARROW_TYPES[task.store.manifest["vocabularies"][name]["type"]] for name in ("user", "item"))
+    user, item = (ARROW_TYPES[task.store.manifest.vocabularies[name].type] for name in ("user", "item"))
     lists = {"item_ids": pa.list_(pa.field("element", item)), "scores": pa.list_(pa.field("element", pa.float32()))}
     return pa.schema({"user_id": user, **lists})
 
