@@ -14,9 +14,9 @@ import numpy as np
 from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.ingestion.checks import DAY_S
 from elastic_rec.feature_store.reading.row_groups import Decoder
-from elastic_rec.feature_store.table.impression_manifest import FOLDER
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.manifest import MANIFEST
+from elastic_rec.feature_store.table.own_files import IMPRESSIONS
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.feature_store.utils.arrow import flat_list
@@ -89,7 +89,7 @@ def measure(store: Store) -> StoreStatistics:
     """Reads all events of the store; DataError where its files are not what the manifest says."""
     decoder = Decoder(store, store.columns, cache=False)
     lengths, days, gaps, longest = Tally(), Tally(), Tally(), 0
-    counts = {name: np.zeros(store.manifest["vocabularies"][name]["size"], np.int64) for name in store.columns}
+    counts = {name: np.zeros(store.manifest.vocabularies[name].size, np.int64) for name in store.columns}
     bar = progress("describe", total=store.num_events, unit=" events")
     for users in prefetch(decoder.decode, range(len(decoder.groups)), workers=1):
         lengths.add(users.lengths)
@@ -130,7 +130,7 @@ def top_share(counts: np.ndarray, share: float) -> float:
 
 def has_impressions(store: Store) -> bool:
     """Whether there are impressions beside the histories."""
-    return (store.path / FOLDER / MANIFEST).is_file()
+    return (store.path / IMPRESSIONS / MANIFEST).is_file()
 
 
 def describe_impressions(store: Store) -> dict:
@@ -138,18 +138,18 @@ def describe_impressions(store: Store) -> dict:
     table = ImpressionTable(store)
     manifest = table.manifest
     sums, known = {}, {}
-    for name in manifest["labels"]:
+    for name in manifest.labels:
         sums[name], known[name] = 0.0, 0
-        for file, entry in enumerate(manifest["files"]):
-            for group in range(len(entry["row_groups"])):
+        for file, entry in enumerate(manifest.files):
+            for group in range(len(entry.row_groups)):
                 rows = table.read_groups(file, [group], [f"candidates.list.element.{name}"])
                 labels = flat_list(rows["candidates"])[1].field(name).to_numpy(zero_copy_only=False)
                 sums[name] += float(np.nansum(labels, dtype=np.float64))
                 known[name] += int(np.count_nonzero(~np.isnan(labels)))
     return {
-        "impressions": manifest["num_impressions"],
-        "candidates": manifest["num_candidates"],
-        "unknown_candidates": manifest["num_unknown_candidates"],
+        "impressions": manifest.num_impressions,
+        "candidates": manifest.num_candidates,
+        "unknown_candidates": manifest.num_unknown_candidates,
         "labels": {name: {"known": known[name], "mean": sums[name] / max(1, known[name])} for name in known},
-        "context": {name: entry["size"] - FIRST for name, entry in manifest["vocabularies"].items()},
+        "context": {name: entry.size - FIRST for name, entry in manifest.vocabularies.items()},
     }

@@ -26,12 +26,12 @@ class Cursor:
 
         Each rank reads its share of the files; all of them together read every byte once.
         """
-        if store.manifest["hash"] != self.manifest_hash:
+        if store.manifest.hash != self.manifest_hash:
             raise DataError(
                 f"{store.path}: the cursor was taken on the manifest {self.manifest_hash[:12]}, this one is "
-                f"{store.manifest['hash'][:12]} (version {store.version}): open the version it was taken on"
+                f"{store.manifest.hash[:12]} (version {store.version}): open the version it was taken on"
             )
         # Again, although the store is open: a file may have gone or been cut since.
         manifest = read_manifest(store.path, store.version)
-        for entry in manifest["files"][rank::world_size]:
-            check_digest(store.path, entry)
+        for entry in manifest.files[rank::world_size]:
+            check_digest(store.path / entry.path, entry.sha256)

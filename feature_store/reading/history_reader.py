@@ -115,7 +115,7 @@ class HistoryReader:
 
     def cursor(self, epoch: int, batches: int) -> Cursor:
         """Where reading stands after so many batches of an epoch."""
-        return Cursor(self.seed, epoch, self._rows_after(epoch, batches), self.store.manifest["hash"])
+        return Cursor(self.seed, epoch, self._rows_after(epoch, batches), self.store.manifest.hash)
 
     def resume(self, cursor: Cursor) -> Iterator[Sequences]:
         """The rest of a cursor's epoch, in the order it would have had. DataError where store or seed are others."""

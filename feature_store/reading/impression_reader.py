@@ -98,7 +98,7 @@ class ImpressionReader:
     def cursor(self, epoch: int, batches: int) -> Cursor:
         """Where reading stands after so many batches of an epoch; its rows are impression groups."""
         rows = min(batches * self.global_batch_size, self.num_groups)
-        return Cursor(self.seed, epoch, rows, self.table.store.manifest["hash"])
+        return Cursor(self.seed, epoch, rows, self.table.store.manifest.hash)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Impressions]:
         """Batches start_batch, start_batch + 1, ... of one epoch."""
@@ -161,7 +161,7 @@ class ImpressionReader:
         """How many impressions each stage has, when they were, and what to set."""
         table, unit = self.table, self.table.store.time_unit
         counts = dict.fromkeys(STAGES, 0)
-        for file in range(len(table.manifest["files"])):
+        for file in range(len(table.manifest.files)):
             _, times = table.users_and_times(file)
             for name in STAGES:
                 moments = split.range(name, percentiles=table.percentiles, time_unit=unit)
@@ -178,13 +178,13 @@ class ImpressionReader:
     def _count_groups(self, store: Store) -> list[GroupRows]:
         """Scans users and times of the impressions, a file at a time."""
         firsts, groups = first_users(store), []
-        for file, entry in enumerate(self.table.manifest["files"]):
+        for file, entry in enumerate(self.table.manifest.files):
             users, times = self.table.users_and_times(file)
-            edges = group_edges(users, firsts.get(entry["bucket"], [None]))
+            edges = group_edges(users, firsts.get(entry.bucket, [None]))
             starts = run_starts(users)
             before = offsets_of(groups_per_user(starts, in_range(times, self.range), self.max_impressions_per_user))
             num_groups = np.diff(before[np.searchsorted(starts, edges)]).tolist()
-            group = self.decoder.first_groups.get(entry["bucket"], -1)
+            group = self.decoder.first_groups.get(entry.bucket, -1)
             for number, count in enumerate(num_groups):
                 numbered = group + number if group >= 0 else -1
                 groups.append(GroupRows(numbered, file, edges[number], edges[number + 1], count))

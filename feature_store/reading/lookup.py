@@ -52,7 +52,7 @@ class HistoryLookup:
 
     def _group_of(self, user: int | str) -> int | None:
         """Row group that holds a user if any does."""
-        bucket = bucket_of(user, self.store.manifest["num_buckets"])
+        bucket = bucket_of(user, self.store.manifest.num_buckets)
         number = bisect_right(self._firsts.get(bucket, []), user) - 1
         return self._decoder.first_groups[bucket] + number if number >= 0 else None
 

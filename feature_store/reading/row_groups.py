@@ -109,7 +109,7 @@ class Decoder:
 
     def _check_ids(self, name: str, values: np.ndarray, users: Sequences, *, where: str) -> None:
         """An id outside its table would be looked up in a stranger's row; ingest never writes one."""
-        size = self.store.manifest["vocabularies"][name]["size"]
+        size = self.store.manifest.vocabularies[name].size
         if len(values) and values.view(np.uint64).max() >= size:  # a negative id is a huge one
             at = int(np.flatnonzero((values < 0) | (values >= size))[0])
             row = users.rows[np.searchsorted(users.offsets, at, side="right") - 1]

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.table.format import HistoryManifest
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import USER
 from elastic_rec.feature_store.table.store import BROKEN, Store, StoreFile, one_array, open_data_file, read_row_groups
@@ -261,9 +262,9 @@ class StateFolder:
         return about["data"] == file.sha256 or (bool(inputs) and about["inputs"] == _digest(inputs))
 
 
-def _inputs(manifest: dict) -> list[str]:
+def _inputs(manifest: HistoryManifest) -> list[str]:
     """Digests of the input files, oldest first; none in a store from before appends, which can't be appended to."""
-    return [entry["sha256"] for entry in manifest["source"]["files"] if "sha256" in entry]
+    return [entry.sha256 for entry in manifest.source.files if entry.sha256]
 
 
 def _digest(inputs: list[str]) -> str:

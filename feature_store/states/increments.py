@@ -114,7 +114,7 @@ class Increments:
         self.store, self.file, self.states = store, file, states
         self.columns = list(dict.fromkeys([ITEM, *columns]))
         self.late_events, self.rescore, self.batch_size = late_events, rescore, batch_size
-        self.has_event_ids = EVENT_ID in store.manifest["schema"][EVENTS]
+        self.has_event_ids = EVENT_ID in store.manifest.schema.events
         self.counts: Counter[str] = Counter()
         self._parquet = file.open()
         self._padding = Sequences.padding(self.columns, UNITS_PER_SECOND[store.time_unit])
@@ -186,7 +186,7 @@ class Increments:
         if not DATA_FILE.fullmatch(path) or not (self.store.path / path).is_file():
             return None
         try:
-            check_digest(self.store.path, {"path": path, "sha256": digest})
+            check_digest(self.store.path / path, digest)
         except DataError:
             return None
         return self.store.path / path

@@ -20,10 +20,10 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
     unit = UNITS_PER_SECOND[store.time_unit]
     first_s, last_s = store.time_range_s()
     return {
-        "name": store.manifest["name"],
+        "name": store.manifest.name,
         "version": store.version,
-        "hash": store.manifest["hash"],
-        "bytes": sum(entry["bytes"] for entry in _entries(store.manifest)),
+        "hash": store.manifest.hash,
+        "bytes": sum(entry.bytes for entry in store.manifest.named_files()),
         "users": store.num_users,
         "events": store.num_events,
         "items": len(statistics.ranked()),
@@ -36,8 +36,8 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
         "popularity": _popularity(store, statistics),
         "gaps": _gaps(statistics, unit),
         "context": {name: _values(store, statistics, name) for name in store.columns if name != "item"},
-        "checks": store.manifest.get("checks"),
-        "filters": store.manifest["filters"],
+        "checks": store.manifest.checks,
+        "filters": store.manifest.filters,
         "versions": _versions(store),
     }
 
@@ -132,19 +132,15 @@ def _versions(store: Store) -> list[dict]:
     entries = []
     for number in numbers:
         manifest = store.manifest if number == store.version else read_manifest(store.path, number)
-        inputs = [entry for entry in manifest["source"]["files"] if entry.get("generation", 0) == number]
+        inputs = [entry for entry in manifest.source.files if entry.version == number]
         entries.append(
             {
                 "version": number,
-                "users": manifest["num_users"],
-                "events": manifest["num_events"],
+                "users": manifest.num_users,
+                "events": manifest.num_events,
                 "input_files": len(inputs),
-                "input_events": sum(entry["events"] for entry in inputs),
-                "checks": manifest.get("checks"),
+                "input_events": sum(entry.events for entry in inputs),
+                "checks": manifest.checks,
             }
         )
     return entries
-
-
-def _entries(manifest: dict) -> list[dict]:
-    return [*manifest["files"], *manifest["vocabularies"].values()]

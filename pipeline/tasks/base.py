@@ -95,7 +95,7 @@ class Task(ABC):
     @property
     def store_hash(self) -> str:
         """Of all that is read; equal where two ranks have opened the same."""
-        return self.store.manifest["hash"]
+        return self.store.manifest.hash
 
     def vocabulary(self, name: str) -> Vocabulary:
         """The ids of a column that has an embedding table."""

@@ -24,10 +24,10 @@ import torch
 from elastic_rec.feature_store.batches.prefix_batch import features_of
 from elastic_rec.feature_store.ingestion.config import IngestConfig
 from elastic_rec.feature_store.ingestion.create import ingest
+from elastic_rec.feature_store.ingestion.engines.session import bucket_sql
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.schema import ITEM, TIMESTAMP, leaf_path
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.feature_store.utils.sql import bucket_sql
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.reports.benchmarks.feature_store_report import Comparison, judge, last_figures, write
 from elastic_rec.pipeline.reports.benchmarks.raw_events import write_events

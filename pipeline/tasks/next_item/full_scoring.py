@@ -32,7 +32,7 @@ class FullScoring(TopKScoring):
         """As TopKScoring has it."""
         super().__init__(task, model, step=step, fingerprint=fingerprint, config=config)
         self.settings |= {
-            "store": task.store.manifest["hash"],
+            "store": task.store.manifest.hash,
             "max_history": task.config.data.max_history,
             "query_time": self.asked_s,
             "model": fingerprint,

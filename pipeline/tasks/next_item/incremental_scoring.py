@@ -138,7 +138,7 @@ class IncrementalScoring(TopKScoring):
             **{name: counts[name] for name in COUNTS},
             "users": sum(rows.values()),
             "store_events": store.num_events,
-            "store_bytes": sum(entry["bytes"] for entry in store.manifest["files"]),
+            "store_bytes": sum(entry.bytes for entry in store.manifest.files),
             "bytes_per_state": self.folder.state_bytes,
         }
 

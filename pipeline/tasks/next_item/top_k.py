@@ -72,7 +72,7 @@ class TopKScoring(Scoring):
         filled = ids_Rk >= 0
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), filled.sum(1).cumsum(0)]).to(torch.int32).numpy()
         item_ids = self.task.store.vocabulary("item").decode(ids_Rk[filled].numpy())
-        user, item = (ARROW_TYPES[self.task.store.manifest["vocabularies"][name]["type"]] for name in ("user", "item"))
+        user, item = (ARROW_TYPES[self.task.store.manifest.vocabularies[name].type] for name in ("user", "item"))
         columns = {
             "item_ids": (item_ids, pa.list_(pa.field("element", item))),
             "scores": (pa.array(score_Rk[filled].numpy()), pa.list_(pa.field("element", pa.float32()))),

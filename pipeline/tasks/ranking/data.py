@@ -63,7 +63,7 @@ class RankingData(Task):
     @property
     def store_hash(self) -> str:
         """Of the histories and of the impressions beside them."""
-        return super().store_hash + self.table.manifest["hash"]
+        return super().store_hash + self.table.manifest.hash
 
     def vocabulary(self, name: str) -> Vocabulary:
         """Of an event column, or of a context column of impressions or items."""

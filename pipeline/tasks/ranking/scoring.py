@@ -76,8 +76,8 @@ class RankingScoring(Scoring):
             "task": "ranking",
             "run": str(Path(config.run).resolve()),
             "step": step,
-            "store": task.store.manifest["hash"],
-            "impressions": task.table.manifest["hash"],
+            "store": task.store.manifest.hash,
+            "impressions": task.table.manifest.hash,
             "max_history": task.config.data.max_history,
             "candidates": _described(files, task.world),
             "part_rows": config.part_rows,
@@ -185,14 +185,14 @@ class Requests:
         if missing := table["item_id"].null_count:
             raise ConfigError(f"{where}: {missing} rows without item_id; leave them out")
         lengths, items = flat_bags(table["item_id"])
-        types = {name: about["type"] for name, about in task.store.manifest["vocabularies"].items()}
+        types = {name: about.type for name, about in task.store.manifest.vocabularies.items()}
         items = cast_ids(items, types["item"], where=f"{where}: item_id")
         users = cast_ids(table["user_id"].combine_chunks(), types["user"], where=f"{where}: user_id")
         encoded = users.dictionary_encode()
         users = encoded.dictionary.to_pylist()
         if encoded.null_count:
             raise ConfigError(f"{where}: user_id has nulls; leave such rows out")
-        num_buckets = task.store.manifest["num_buckets"]
+        num_buckets = task.store.manifest.num_buckets
         order = sorted(range(len(users)), key=lambda u: (bucket_of(users[u], num_buckets), users[u]))
         place = np.empty(len(users), np.int64)
         place[order] = np.arange(len(users))

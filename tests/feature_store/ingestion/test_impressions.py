@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elastic_rec.feature_store.batches.impression_batch import make_impression_batch
 from elastic_rec.feature_store.batches.splits import ImpressionSplit
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.reading.impression_reader import ImpressionReader
@@ -272,7 +272,7 @@ def test_a_table_outlives_appends_but_not_another_store(tmp_path):
     ingest_impressions(config_of(tmp_path, **settings), out=str(store.path), threads=1)
     before = sorted(map(repr, records(store, None, make(store).epoch(0))))
     late = [{**e, "timestamp": 2_000_000, "user": 500 + i % 7, "item": 700} for i, e in enumerate(events[:20])]
-    append(IngestConfig(input=[write_events(tmp_path / "late.parquet", late)], out=str(store.path), threads=1))
+    append(AppendConfig(input=[write_events(tmp_path / "late.parquet", late)], store=str(store.path), threads=1))
     grown = Store.open(store.path)
     assert grown.num_users > store.num_users
     assert sorted(map(repr, records(grown, None, make(grown).epoch(0)))) == before, "rows moved, the join did not"

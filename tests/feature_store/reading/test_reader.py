@@ -185,7 +185,7 @@ def test_killed_and_resumed_on_other_ranks_and_workers_every_row_once(store, see
 
 def test_a_cursor_goes_on_with_another_batch_size(store):
     first = list(itertools.islice(make(store, global_batch_size=7).epoch(0), 3))
-    cursor = Cursor(seed=3, epoch=0, rows=21, manifest_hash=store.manifest["hash"])
+    cursor = Cursor(seed=3, epoch=0, rows=21, manifest_hash=store.manifest.hash)
     rest = [row for h in make(store, global_batch_size=10).resume(cursor) for row in h.rows]
     assert sorted([*rest, *(row for h in first for row in h.rows)]) == list(range(store.num_users))
 
