@@ -43,7 +43,8 @@ def option(
 
 def bounds_of(metadata: Any) -> str:
     """The bounds of an option in words: "at least 1, at most 4096"; "" without bounds."""
-    words = [f"{name.replace('_', ' ')} {metadata[name]:g}" for name in _CHECKS if name in metadata]
+    bounds = {name: metadata[name] for name in _CHECKS if name in metadata}
+    words = [f"{name.replace('_', ' ')} {b if isinstance(b, int) else format(b, 'g')}" for name, b in bounds.items()]
     if "choices" in metadata:
         words.append("one of " + ", ".join(str(choice) for choice in metadata["choices"]))
     return ", ".join(words)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from elastic_rec.feature_store.datasets import DatasetUnavailable
-from elastic_rec.pipeline.config.verbs import DemoConfig
+from elastic_rec.pipeline.config.demo import DemoConfig
 from elastic_rec.pipeline.reports.plots import plot_run
 from elastic_rec.pipeline.runtime.endings import EXIT_UNAVAILABLE
 from elastic_rec.pipeline.runtime.errors import ConfigError

@@ -13,7 +13,7 @@ from elastic_rec.feature_store.inspection.statistics import describe_impressions
 from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.progress import peak_memory_bytes
-from elastic_rec.pipeline.config.data import DescribeConfig
+from elastic_rec.pipeline.config.describe import DescribeConfig
 from elastic_rec.pipeline.reports.store_figures import headlines, store_figures
 from elastic_rec.pipeline.reports.store_page import page
 from elastic_rec.pipeline.runtime.errors import ConfigError

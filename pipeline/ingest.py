@@ -3,54 +3,54 @@
 python pipeline/ingest.py data=ml100k
 python pipeline/ingest.py data=ml1m_ranking
 python pipeline/ingest.py data=files "data.ingest.input=[/logs/*.parquet]" data.store=stores/mine
-python pipeline/ingest.py data=files "data.ingest.input=[/logs/today.parquet]" data.store=stores/mine \
-    data.ingest.mode=append
-python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=vacuum
-python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=restore data.ingest.version=6
-python pipeline/ingest.py data=files data.store=stores/mine data.ingest.mode=impressions \
+python pipeline/ingest.py append store=stores/mine "input=[/logs/today.parquet]"
+python pipeline/ingest.py vacuum store=stores/mine
+python pipeline/ingest.py restore store=stores/mine version=6
+python pipeline/ingest.py impressions data=files data.store=stores/mine \
     "data.impressions.input=[/logs/shown.parquet]" "data.impressions.label_columns=[click]"
 """
 
 from elastic_rec.feature_store.datasets import EventFiles, prepare, prepare_impressions
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestMode, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.versions import restore, vacuum
-from elastic_rec.feature_store.utils.atomic_write import at_place
 from elastic_rec.feature_store.utils.scratch import scratch_folder
-from elastic_rec.pipeline.config.data import DataConfig, IngestVerbConfig
+from elastic_rec.pipeline.config.data import DataConfig, IngestVerbConfig, RestoreConfig, VacuumConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
-from elastic_rec.pipeline.runtime.launch import verb
-
-MODES = {
-    IngestMode.create: ingest,
-    IngestMode.append: append,
-    IngestMode.vacuum: lambda config: vacuum(config.out, retention_hours=config.retention_hours),
-    IngestMode.restore: lambda config: restore(config.out, version=config.version),
-}
+from elastic_rec.pipeline.runtime.launch import commands, verb
 
 
-@verb("ingest", IngestVerbConfig)
-def main(config: IngestVerbConfig) -> dict:
-    with at_place(config.data.ingest.out):
-        return run(config)
-
-
-def run(config: IngestVerbConfig) -> dict:
-    data, mode, files = config.data, config.data.ingest.mode, None
-    if data.dataset.kind.name != "files" and mode in (IngestMode.create, IngestMode.impressions):
-        files = prepare(data.dataset)
-    if mode is IngestMode.impressions:
-        return impressions(data, files)
+def create(config: IngestVerbConfig) -> dict:
+    """Makes a store of data.ingest.input or of a data set, with its impressions where there are any."""
+    data = config.data
+    files = _prepared(data)
     if files is not None:
         data.ingest.input = [str(files.events)]
-    figures = MODES[mode](data.ingest)
-    if mode is IngestMode.create and (data.dataset.impressions or data.impressions.input):
-        figures["impressions"] = impressions(data, files)
+    figures = ingest(data.ingest)
+    if data.dataset.impressions or data.impressions.input:
+        figures["impressions"] = _impressions(data, files)
     return figures
 
 
-def impressions(data: DataConfig, files: EventFiles | None) -> dict:
+def impressions(config: IngestVerbConfig) -> dict:
+    """Writes the impressions of the store that is at data.store, in the place of those it has."""
+    return _impressions(config.data, _prepared(config.data))
+
+
+def restored(config: RestoreConfig) -> dict:
+    """Makes config.version the current one."""
+    if config.version is None:
+        raise ConfigError("version is not set: say which one to restore, version=6")
+    return restore(config.store, version=config.version)
+
+
+def _prepared(data: DataConfig) -> EventFiles | None:
+    return prepare(data.dataset) if data.dataset.kind.name != "files" else None
+
+
+def _impressions(data: DataConfig, files: EventFiles | None) -> dict:
     if not data.dataset.impressions and not data.impressions.input:
         raise ConfigError("no impressions: set data.impressions.input, or data.dataset.impressions=true for a data set")
     if data.dataset.impressions and files is None:
@@ -60,6 +60,14 @@ def impressions(data: DataConfig, files: EventFiles | None) -> dict:
         made = prepare_impressions(data.dataset, files, folder) if data.dataset.impressions else data.impressions
         return ingest_impressions(made, **settings)
 
+
+main = commands(
+    verb("ingest", IngestVerbConfig)(create),
+    append=verb("append", AppendConfig)(append),
+    vacuum=verb("vacuum", VacuumConfig)(lambda to: vacuum(to.store, retention_hours=to.retention_hours)),
+    restore=verb("restore", RestoreConfig)(restored),
+    impressions=verb("impressions", IngestVerbConfig)(impressions),
+)
 
 if __name__ == "__main__":
     main()

@@ -42,13 +42,14 @@ from elastic_rec.feature_store.utils.arrow import flat_bags
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.jagged import Bags, offsets_of
 from elastic_rec.models.ranking.model import RankingModel
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower
-from elastic_rec.models.towers.elastic.config import Time
+from elastic_rec.models.towers.base import TowerOutput
+from elastic_rec.models.towers.config import Time
+from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.runtime.finite import require_finite
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import NOTHING, from_sort_key, sort_key
 from elastic_rec.pipeline.tasks.next_item.task import ALL
-from elastic_rec.pipeline.tasks.ranking.task import RankingBatch
+from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
 from elastic_rec.pipeline.training.run_folder import load_whole_model
 
 Ids = Sequence[Any] | np.ndarray
@@ -71,7 +72,7 @@ class UserStates:
     num_unknown_B: np.ndarray
     is_one_user: bool
     state: UserState | None = None
-    output: CausalOutput | None = None
+    output: TowerOutput | None = None
     histories: Histories | None = None
 
     def __len__(self) -> int:
@@ -237,7 +238,7 @@ class Run:
         about = {"size": ALL, "max_history": ALL, "stage": "score", "split": split, **rest}
         return HistoryWindows(histories, first_B=first_B, **about).batch(0, 1).to(self._device)
 
-    def _output(self, states: UserStates) -> CausalOutput:
+    def _output(self, states: UserStates) -> TowerOutput:
         """What the causal tower says of the users now."""
         if states.output is not None:
             return states.output

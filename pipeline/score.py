@@ -1,81 +1,70 @@
-"""Trained model + history store -> the top-k items of every user, in Parquet; or, for a run with task=ranking, a score
-for each candidate of given lists.
+"""Trained model + history store -> the top-k items of every user, in Parquet; or a score for each candidate of lists.
 
 torchrun --nproc-per-node 2 pipeline/score.py run=runs/ml100k out=runs/ml100k/scores
-python pipeline/score.py run=runs/mine out=scores/mine mode=incremental
-python pipeline/score.py task=ranking run=runs/ml1m-ranking candidates=lists.parquet out=scores/lists
+python pipeline/score.py incremental run=runs/mine out=scores/mine
+python pipeline/score.py ranking run=runs/ml1m-ranking candidates=lists.parquet out=scores/lists
+
+full (or nothing)   every user, from the history
+incremental         every user, from the states that are kept beside the store and the events since; causal runs only
+ranking             given lists of candidates; runs with task=ranking
 """
 
+from pathlib import Path
+from typing import Any
+
 import elastic_rec.models  # noqa: F401 (before TorchRec: it asks whether the stack belongs together)
-from elastic_rec.pipeline.config.verbs import ScoreConfig, ScoreMode, Task, TrainConfig
+from elastic_rec.pipeline.config.score import (
+    FullScoreConfig,
+    IncrementalScoreConfig,
+    RankingScoreConfig,
+    ScoreConfig,
+)
 from elastic_rec.pipeline.runtime.errors import ConfigError
-from elastic_rec.pipeline.runtime.launch import verb
+from elastic_rec.pipeline.runtime.launch import commands, verb
 from elastic_rec.pipeline.runtime.world import World
-from elastic_rec.pipeline.tasks.next_item.incremental import score_increment
-from elastic_rec.pipeline.tasks.next_item.scoring import score_store, scoring_config
-from elastic_rec.pipeline.tasks.next_item.targets import resolve_seen
-from elastic_rec.pipeline.tasks.next_item.task import ALL
-from elastic_rec.pipeline.tasks.ranking.scoring import score_candidates
+from elastic_rec.pipeline.tasks.registry import scoring_of
+from elastic_rec.pipeline.tasks.scoring import score_parts
 from elastic_rec.pipeline.training.run_folder import load_model, model_fingerprint, read_config
 
-MODES = {ScoreMode.full: score_store, ScoreMode.incremental: score_increment}
 
-
-@verb("score", ScoreConfig, distributed=True)
-def main(config: ScoreConfig, world: World) -> dict:
+@verb("score", FullScoreConfig, distributed=True)
+def full(config: FullScoreConfig, world: World) -> dict[str, Any]:
+    """score.py, score.py full"""
     return score(config, world)
 
 
-def score(config: ScoreConfig, world: World) -> dict:
+@verb("score_incremental", IncrementalScoreConfig, distributed=True)
+def incremental(config: IncrementalScoreConfig, world: World) -> dict[str, Any]:
+    """score.py incremental"""
+    return score(config, world)
+
+
+@verb("score_ranking", RankingScoreConfig, distributed=True)
+def ranking(config: RankingScoreConfig, world: World) -> dict[str, Any]:
+    """score.py ranking"""
+    return score(config, world)
+
+
+def score(config: ScoreConfig, world: World) -> dict[str, Any]:
+    """Scores into config.out, in the way of the config's class. Collective. Returns figures."""
     if not config.out:
         raise ConfigError("out is empty: give out=DIR, the folder for the scores")
     run = read_config(config.run)
-    if config.task not in (None, run.task):
-        raise ConfigError(f"task={config.task.value}, but {config.run} was trained with task={run.task.value}")
-    if run.task is Task.ranking:
-        return _rank(config, run, world)
-    run = scoring_config(run, config)
+    kind = scoring_of(run, config)
     task, model, step = load_model(
         config.run,
         checkpoint=config.checkpoint,
         world=world,
         parallel=config.parallel,
         store=config.store or run.data.store,
-        config=run,
+        config=kind.run_config(run, config),
     )
     fingerprint = model_fingerprint(config.run, step=step, config=task.config, world=world)
-    config.seen = resolve_seen(task, config.seen or run.data.seen)
-    return {
-        "run": config.run,
-        "step": step,
-        **MODES[config.mode](task, model, step=step, fingerprint=fingerprint, config=config),
-    }
+    scoring = kind(task, model, step=step, fingerprint=fingerprint, config=config)
+    return {"run": config.run, "step": step, **score_parts(scoring, out=Path(config.out), world=world)}
 
 
-def _rank(config: ScoreConfig, run: TrainConfig, world: World) -> dict:
-    if config.mode is not ScoreMode.full:
-        raise ConfigError("mode=incremental recommends items, a ranking run scores candidates: leave mode out")
-    if config.seen is not None:
-        raise ConfigError(
-            f"seen={config.seen.value}, but a ranking run scores the candidates it is given: leave seen out"
-        )
-    if config.max_history is not None:
-        run.data.max_history = config.max_history or ALL
-    task, model, step = load_model(
-        config.run,
-        checkpoint=config.checkpoint,
-        world=world,
-        parallel=config.parallel,
-        store=config.store or run.data.store,
-        config=run,
-    )
-    fingerprint = model_fingerprint(config.run, step=step, config=task.config, world=world)
-    return {
-        "run": config.run,
-        "step": step,
-        **score_candidates(task, model, step=step, fingerprint=fingerprint, config=config),
-    }
-
+main = commands(full, full=full, incremental=incremental, ranking=ranking)
 
 if __name__ == "__main__":
     main()

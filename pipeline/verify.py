@@ -16,7 +16,7 @@ from elastic_rec.feature_store.inspection.verify import Findings, verify_store
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.utils.checked_json import fault_in, read_checked, read_signed
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.pipeline.config.data import VerifyConfig
+from elastic_rec.pipeline.config.verify import VerifyConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.launch import verb
 

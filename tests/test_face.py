@@ -10,6 +10,7 @@ import pytest
 
 import elastic_rec
 from elastic_rec import __main__ as command
+from elastic_rec.pipeline.config.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,10 +51,10 @@ def test_importing_the_root_loads_neither_torch_nor_arrow(tmp_path):
 def test_command_lists_its_verbs_and_each_has_a_script(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["elastic-rec", "--help"])
     command.main()
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert listed == list(command.VERBS)
-    scripts = {path.stem for path in (ROOT / "pipeline").glob("*.py") if "@verb(" in path.read_text()}
-    assert {verb.module for verb in command.VERBS.values()} == scripts
+    listed = [line[2:20].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == list(COMMANDS)
+    scripts = {path.stem for path in (ROOT / "pipeline").glob("*.py") if "verb(" in path.read_text()}
+    assert {each.module for each in COMMANDS.values()} == scripts
 
 
 def test_command_refuses_an_unknown_verb(capsys, monkeypatch):

@@ -24,7 +24,7 @@ import elastic_rec
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.models.towers.elastic.state import StateError
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.verbs import Task
+from elastic_rec.pipeline.config.train import TaskName
 from elastic_rec.pipeline.runtime.errors import CheckpointError, ConfigError
 from elastic_rec.pipeline.runtime.world import World, start_world
 
@@ -348,4 +348,6 @@ def test_no_process_group_is_needed_or_made(trained, tmp_path):
 def test_gradients_are_not_kept(loaded):
     run = loaded("causal")
     state = run.observe(None, **some_user(5))
-    assert torch.is_grad_enabled() and not state.state.newest_BD.requires_grad and Task.ranking != run.task.config.task
+    assert (
+        torch.is_grad_enabled() and not state.state.newest_BD.requires_grad and TaskName.ranking != run.task.config.task
+    )

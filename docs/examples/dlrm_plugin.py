@@ -26,7 +26,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig  # +
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig  # +
 from elastic_rec.models.towers.elastic.tower import ElasticTower  # +
 
 NUM_GROUPS, PER_GROUP, NUM_COUNTRIES, NUM_DENSE, WIDTH = 8, 10, 30, 4, 16
@@ -100,15 +100,15 @@ def train(model: torch.nn.Module, *, steps: int, batch_size: int) -> Distributed
     if rank == 0:
         print(model.plan, flush=True)
     dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    optimiser = CombinedOptimizer(
+    optimizer = CombinedOptimizer(
         [model.fused_optimizer, KeyedOptimizerWrapper(dense, lambda parameters: torch.optim.Adam(parameters, lr=1e-2))]
     )
     for step in range(steps):
         inputs, clicks, _ = draw(batch_size, seed=1000 + step * world + rank)
         loss = binary_cross_entropy_with_logits(model(*inputs), clicks)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return model
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 
+from elastic_rec.configs.options import Options, option
 from elastic_rec.feature_store.datasets.fetch import DatasetUnavailable
 from elastic_rec.feature_store.datasets.files import EventFiles, default_cache_dir
 from elastic_rec.feature_store.datasets.impressions import PlantedConfig, movielens_impressions, planted_impressions
@@ -38,28 +39,17 @@ class DatasetKind(Enum):
 
 
 @dataclass
-class DatasetConfig:
-    kind: DatasetKind = field(
-        default=DatasetKind.ml100k,
-        metadata={"help": "which data set: ml100k, ml1m, ml20m, synthetic, or your own files"},
+class DatasetConfig(Options, prefix="dataset."):
+    """Which data set to prepare, and its knobs where it is made here."""
+
+    kind: DatasetKind = option(DatasetKind.ml100k, "which data set: ml100k, ml1m, ml20m, synthetic, or your own files")
+    source: str | None = option(None, "MovieLens: a GroupLens zip or its unpacked folder, used instead of fetching it")
+    cache_dir: str | None = option(
+        None, "where prepared data sets are kept; default $ELASTIC_REC_CACHE or ~/.cache/elastic-rec"
     )
-    source: str | None = field(
-        default=None,
-        metadata={"help": "MovieLens: a GroupLens zip or its unpacked folder, used instead of fetching it"},
-    )
-    cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "where prepared data sets are kept; default $ELASTIC_REC_CACHE or ~/.cache/elastic-rec"},
-    )
-    synthetic: SyntheticConfig = field(
-        default_factory=SyntheticConfig, metadata={"help": "knobs of the synthetic set, used with kind=synthetic"}
-    )
-    impressions: bool = field(
-        default=False, metadata={"help": "also make the set's impressions, for ranking (not with kind=files)"}
-    )
-    planted: PlantedConfig = field(
-        default_factory=PlantedConfig, metadata={"help": "knobs of synthetic impressions, used with kind=synthetic"}
-    )
+    synthetic: SyntheticConfig = option(SyntheticConfig, "knobs of the synthetic set, used with kind=synthetic")
+    impressions: bool = option(False, "also make the set's impressions, for ranking (not with kind=files)")
+    planted: PlantedConfig = option(PlantedConfig, "knobs of synthetic impressions, used with kind=synthetic")
 
 
 def prepare(config: DatasetConfig, out_dir: str | Path | None = None) -> EventFiles:

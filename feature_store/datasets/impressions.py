@@ -12,7 +12,7 @@ Synthetic (ours): an impression just before an event shows the item of that even
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elastic_rec.configs.options import Options, option
 from elastic_rec.feature_store.datasets.files import EventFiles
 from elastic_rec.feature_store.datasets.world import SyntheticConfig, World
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
@@ -32,15 +33,11 @@ USER_COLUMNS = ["gender", "age", "occupation", "zip_region"]
 
 
 @dataclass
-class PlantedConfig:
-    per_user: int = field(default=8, metadata={"help": "synthetic impressions of a user, spread over the history"})
-    num_candidates: int = field(default=10, metadata={"help": "candidates of a synthetic impression"})
+class PlantedConfig(Options, prefix="planted."):
+    """How many impressions synthetic users get, and how long their lists are."""
 
-    def __post_init__(self) -> None:
-        if self.per_user < 1 or self.num_candidates < 2:
-            raise ValueError(
-                f"planted.per_user={self.per_user}, planted.num_candidates={self.num_candidates}: set at least 1 and 2"
-            )
+    per_user: int = option(8, "synthetic impressions of a user, spread over the history", at_least=1)
+    num_candidates: int = option(10, "candidates of a synthetic impression", at_least=2)
 
 
 def movielens_impressions(files: EventFiles, folder: Path) -> ImpressionConfig:

@@ -5,68 +5,56 @@ Legend: V items in C interests of S = V / C items each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+
+from elastic_rec.configs.options import Options, option
 
 BLOCK_EVENTS = 1 << 19  # events held in memory at once; part of what a seed means
 
 
 @dataclass
-class SyntheticConfig:
-    num_users: int = field(default=5000, metadata={"help": "users"})
-    num_items: int = field(default=1024, metadata={"help": "items; a multiple of num_interests"})
-    num_interests: int = field(default=16, metadata={"help": "latent interests that the items are parted into"})
-    events_per_user_min: int = field(default=20, metadata={"help": "shortest history (lag=0)"})
-    events_per_user_max: int = field(
-        default=60, metadata={"help": "longest history (lag=0); lengths are uniform between"}
+class SyntheticConfig(Options, prefix="synthetic."):
+    """The knobs. Raises ValueError for values out of bounds, and for those that do not go together."""
+
+    num_users: int = option(5000, "users", at_least=1)
+    num_items: int = option(1024, "items; a multiple of num_interests")
+    num_interests: int = option(16, "latent interests that the items are parted into", at_least=2)
+    events_per_user_min: int = option(20, "shortest history (lag=0)")
+    events_per_user_max: int = option(60, "longest history (lag=0); lengths are uniform between")
+    major_weight: float = option(
+        0.7, "share of a user's major interest; the minor one has the rest", at_least=0, at_most=1
     )
-    major_weight: float = field(
-        default=0.7, metadata={"help": "share of a user's major interest; the minor one has the rest"}
+    drift: float = option(
+        0.05, "probability per event that the minor interest becomes the major", at_least=0, at_most=1
     )
-    drift: float = field(
-        default=0.05, metadata={"help": "probability per event that the minor interest becomes the major"}
+    noise: float = option(0.1, "probability that an event comes from global popularity instead", at_least=0, at_most=1)
+    zipf_exponent: float = option(
+        1.0, "popularity inside an interest falls as rank^-this; 0: all items alike", at_least=0, at_most=10
     )
-    noise: float = field(
-        default=0.1, metadata={"help": "probability that an event comes from global popularity instead"}
+    lag: int = option(
+        0, "events between the deciding event and its answer; 0: drifting interests", at_least=0, at_most=1_000_000
     )
-    zipf_exponent: float = field(default=1.0, metadata={"help": "popularity inside an interest falls as rank^-this"})
-    lag: int = field(
-        default=0, metadata={"help": "events between the deciding event and its answer; 0: drifting interests"}
+    num_segments: int = option(
+        1, "pin ... answer stretches per user (lag>0); histories have this x (lag+1)", at_least=1
     )
-    num_segments: int = field(
-        default=1, metadata={"help": "pin ... answer stretches per user (lag>0); histories have this x (lag+1)"}
-    )
-    seed: int = field(default=0, metadata={"help": "same seed, same data"})
+    seed: int = option(0, "same seed, same data", at_least=0)
 
     def __post_init__(self) -> None:
-        if self.num_users < 1:
-            raise ValueError(f"num_users={self.num_users}: set at least 1")
-        if self.num_interests < 2:
-            raise ValueError(f"num_interests={self.num_interests}: major and minor differ, set at least 2")
+        super().__post_init__()
         if self.num_items < self.num_interests or self.num_items % self.num_interests:
             near = max(1, round(self.num_items / self.num_interests)) * self.num_interests
             raise ValueError(
                 f"num_items={self.num_items} must be a multiple of num_interests={self.num_interests}; set {near}"
             )
-        for name in ("major_weight", "drift", "noise"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} is a probability; set it between 0 and 1")
-        if not 0.0 <= self.zipf_exponent <= 10.0:
-            raise ValueError(f"zipf_exponent={self.zipf_exponent}: set it between 0 (all items alike) and 10")
-        if not 0 <= self.lag <= 1_000_000:
-            raise ValueError(f"lag={self.lag}: set it between 0 (drifting interests) and 1000000")
-        if self.num_segments < 1 or self.history_length_max > 100_000_000:
-            raise ValueError(
-                f"num_segments={self.num_segments} with lag={self.lag}: set 1 or more, at most 10^8 events a user"
-            )
+        if self.history_length_max > 100_000_000:
+            raise ValueError(f"num_segments={self.num_segments} with lag={self.lag}: set at most 10^8 events a user")
         if self.lag == 0 and not 3 <= self.events_per_user_min <= self.events_per_user_max <= BLOCK_EVENTS:
             raise ValueError(
                 f"events_per_user_min={self.events_per_user_min}, events_per_user_max={self.events_per_user_max}: set "
                 f"3 <= min (an event each to train, validate and test on) <= max <= {BLOCK_EVENTS}; beyond, set lag"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: set 0 or more")
 
     @property
     def history_length_max(self) -> int:

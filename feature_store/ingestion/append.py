@@ -8,14 +8,14 @@ stays whole, and running the append again finishes it.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from elastic_rec.feature_store.ingestion.checks import Policy
-from elastic_rec.feature_store.ingestion.create import IngestConfig, TimeUnit
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.merge import MergeEngine
+from elastic_rec.feature_store.ingestion.sources import NAMED_ROLES
 from elastic_rec.feature_store.ingestion.writer import write_sorted, write_vocabularies
 from elastic_rec.feature_store.table import schema
 from elastic_rec.feature_store.table.location import Location
@@ -28,26 +28,23 @@ from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.progress import peak_memory_bytes
 
 
-def append(config: IngestConfig) -> dict:
-    """Adds config.input to the store at config.out. Returns figures; DataError leaves the store as it was.
-
-    Columns, time unit, buckets and row groups are those the store was made with.
-    """
+def append(config: AppendConfig) -> dict:
+    """Adds config.input to the store at config.store. Returns figures; DataError leaves the store as it was."""
     began = time.perf_counter()
-    with writing(config.out) as root:
+    with writing(config.store) as root:
         base = Store.open(root)
-        config = _settled(config, base)
+        settings = _settings(config, base)
         paths, format = find_inputs(config.input, format=config.format.value)
-        if not config.force and config.event_id_column is None:
+        if not config.force and settings.event_id_column is None:
             _refuse_known(paths, base)
         with append_folder(root) as work:
-            merged = _merge(config, base, paths, format, work)
+            merged = _merge(settings, base, paths, format, work)
             figures = _publish(base, merged, work) if merged.counts else _nothing_new(base, merged)
     seconds = time.perf_counter() - began
     rate = round(figures["read_events"] / seconds)
     peak = peak_memory_bytes()
     return {
-        "store": str(config.out),
+        "store": str(config.store),
         **figures,
         "seconds": round(seconds, 3),
         "events_per_s": rate,
@@ -55,17 +52,17 @@ def append(config: IngestConfig) -> dict:
     }
 
 
-def _settled(config: IngestConfig, base: Store) -> IngestConfig:
-    """config with the store's own settings; DataError where config asks for others, or the store cannot grow."""
+def _settings(config: AppendConfig, base: Store) -> IngestConfig:
+    """How the store was made, for new input; DataError where the store cannot grow."""
     stored = base.manifest
     if "row_group_events" not in stored:
-        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest it anew (mode=create)")
+        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest everything anew")
     columns, filters = stored["source"]["columns"], stored["filters"]
     for name in ("min_user_events", "min_item_events", "max_history"):
         if (value := filters.get(name, none := getattr(IngestConfig(), name))) > none:
             raise DataError(
                 f"{base.path} was made with {name}={value}: what was dropped then is not in it and might be kept "
-                f"today. Make the store with {name}={none} to append to it, or ingest everything anew (mode=create)"
+                f"today. Make the store with {name}={none} to append to it, or ingest everything anew"
             )
     for name in ("out_of_order", "gaps"):
         if getattr(config.checks, name) is Policy.drop:
@@ -73,29 +70,23 @@ def _settled(config: IngestConfig, base: Store) -> IngestConfig:
                 f"checks.{name}=drop would look at the new events alone; append with keep (late events are put in "
                 "their place), or fail"
             )
-    settled = {
-        "name": stored["name"],
-        "user_column": columns["user"],
-        "item_column": columns["item"],
-        "timestamp_column": columns["timestamp"],
-        "event_id_column": columns.get("event_id"),
-        "context_columns": [c for c in columns if c not in ("user", "item", "timestamp", "event_id")],
-        "timestamp_unit": TimeUnit(stored["time_unit"]),
-        "num_buckets": stored["num_buckets"],
-        "row_group_events": stored["row_group_events"],
-        "min_user_events": 1,
-        "min_item_events": 1,
-        "max_history": 0,
-        "first_time": filters.get("first_time"),
-        "end_time": filters.get("end_time"),
-        "min_vocabulary_count": filters.get("min_vocabulary_count", 1),
-    }
-    default = IngestConfig()
-    for name, value in settled.items():
-        given = getattr(config, name)
-        if given not in (value, getattr(default, name)):  # a setting left alone cannot be told from the default
-            raise DataError(f"{name}={given}, but {base.path} was made with {value}; leave {name} out")
-    return replace(config, **settled)
+    return IngestConfig(
+        input=config.input,
+        format=config.format,
+        checks=config.checks,
+        memory_limit=config.memory_limit,
+        threads=config.threads,
+        user_column=columns["user"],
+        item_column=columns["item"],
+        timestamp_column=columns["timestamp"],
+        event_id_column=columns.get("event_id"),
+        context_columns=[name for name in columns if name not in NAMED_ROLES],
+        timestamp_unit=stored["time_unit"],
+        row_group_events=stored["row_group_events"],
+        first_time=filters.get("first_time"),
+        end_time=filters.get("end_time"),
+        min_vocabulary_count=filters.get("min_vocabulary_count", 1),
+    )
 
 
 def _refuse_known(paths: list[Location], base: Store) -> None:

@@ -18,12 +18,13 @@ says how the log was written. Checks run in the order of the table; what one dro
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 import pyarrow as pa
 
+from elastic_rec.configs.options import Options, option
 from elastic_rec.feature_store.table.schema import TIMESTAMP, UNITS_PER_SECOND, USER
 from elastic_rec.feature_store.table.times import parse_time_s
 from elastic_rec.feature_store.utils.errors import DataError
@@ -49,57 +50,39 @@ NULL_WORDS = ("nan", "NaN", "None", "none", "null", "NULL", "Null", "<NA>", "NaT
 
 
 @dataclass
-class ChecksConfig:
+class ChecksConfig(Options, prefix="checks."):
     """A policy per check; also as strings."""
 
-    null_ids: Policy = field(
-        default=Policy.fail, metadata={"help": "Empty user, item or event id, or one beyond int64: fail or drop."}
+    null_ids: Policy = option(Policy.fail, "Empty user, item or event id, or one beyond int64: fail or drop.")
+    null_words: Policy = option(
+        Policy.fail, "Id that is text for a missing one (nan, NaN, None, null, <NA>, ...): fail, drop or keep."
     )
-    null_words: Policy = field(
-        default=Policy.fail,
-        metadata={"help": "Id that is text for a missing one (nan, NaN, None, null, <NA>, ...): fail, drop or keep."},
+    bad_times: Policy = option(Policy.fail, "Time empty, no time, negative, fractional or beyond int64: fail or drop.")
+    future_times: Policy = option(Policy.fail, "Time after future_after (often a wrong unit): fail, drop or keep.")
+    future_after: str | None = option(None, "ISO date or epoch seconds; none: one day from now.")
+    wrong_clock: Policy = option(
+        Policy.fail,
+        "All times of a file look like another unit (seconds read as milliseconds), like YYYYMMDD or like float32: "
+        "fail or keep.",
     )
-    bad_times: Policy = field(
-        default=Policy.fail,
-        metadata={"help": "Time empty, no time, negative, fractional or beyond int64: fail or drop."},
+    duplicates: Policy = option(
+        Policy.drop, "User, time and event id of an earlier event (needs event_id_column): fail, drop or keep."
     )
-    future_times: Policy = field(
-        default=Policy.fail, metadata={"help": "Time after future_after (often a wrong unit): fail, drop or keep."}
+    out_of_order: Policy = option(
+        Policy.keep, "Comes in the input after a newer event of its user: fail, drop or keep (sorted in)."
     )
-    future_after: str | None = field(
-        default=None, metadata={"help": "ISO date or epoch seconds; none: one day from now."}
+    gaps: Policy = option(
+        Policy.keep, "Over max_gap_days between neighbours of a user: fail, drop (what lies before it) or keep."
     )
-    wrong_clock: Policy = field(
-        default=Policy.fail,
-        metadata={
-            "help": "All times of a file look like another unit (seconds read as milliseconds), like YYYYMMDD or like "
-            "float32: fail or keep."
-        },
-    )
-    duplicates: Policy = field(
-        default=Policy.drop,
-        metadata={"help": "User, time and event id of an earlier event (needs event_id_column): fail, drop or keep."},
-    )
-    out_of_order: Policy = field(
-        default=Policy.keep,
-        metadata={"help": "Stands in the input behind a newer event of its user: fail, drop or keep (sorted in)."},
-    )
-    gaps: Policy = field(
-        default=Policy.keep,
-        metadata={"help": "Over max_gap_days between neighbours of a user: fail, drop (what lies before it) or keep."},
-    )
-    max_gap_days: float = field(default=3650.0, metadata={"help": "Days between two events that no user can have."})
+    max_gap_days: float = option(3650.0, "Days between two events that no user can have.", above=0)
 
     def __post_init__(self) -> None:
-        for name in CHECKS:
-            setattr(self, name, Policy(getattr(self, name)))
+        super().__post_init__()
         for name in ("null_ids", "bad_times"):
             if getattr(self, name) is Policy.keep:
                 raise ValueError(f"checks.{name}=keep: such events cannot be stored; set fail or drop")
         if self.wrong_clock is Policy.drop:
             raise ValueError("checks.wrong_clock=drop: it is about whole files; set fail or keep, or leave files out")
-        if self.max_gap_days <= 0:
-            raise ValueError(f"checks.max_gap_days={self.max_gap_days}: must be positive")
         self.future_after_s()
 
     def future_after_s(self) -> int:

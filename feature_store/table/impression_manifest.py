@@ -15,7 +15,7 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 FORMAT = "elastic-rec-impressions"
 VERSION = 1
-_REMEDY = "ingest the impressions again (mode=impressions)"
+_REMEDY = "ingest the impressions again (ingest.py impressions)"
 _BLOCK = 1 << 20
 
 

@@ -91,7 +91,7 @@ def read_manifest(root: Location, version: int | None = None) -> dict:
 def load_manifest(root: Location, version: int | None = None) -> dict:
     """As read_manifest, whether or not the files are there."""
     filed = filed_versions(root)
-    remedy = f"take one of {_listed(filed)}, with ingest mode=restore version=N" if filed else "rerun ingest"
+    remedy = f"take one of {_listed(filed)}, with ingest.py restore version=N" if filed else "rerun ingest"
     if version is None or (version == 0 and not filed):
         manifest = _load(root, root / MANIFEST, remedy)
         current = manifest.get("generation", 0)

@@ -27,6 +27,15 @@ UNITS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 ARROW_TYPES = {"int64": pa.int64(), "string": pa.string()}
 
 
+def check_names(names: list[str], *, reserved: frozenset[str], key: str) -> None:
+    """ValueError where a column of the input cannot be one of the store. key: the config key, for messages."""
+    for name in names:
+        if name.lower() in reserved or not name.replace("_", "a").isalnum():
+            raise ValueError(f"{key}: '{name}' is reserved or not made of letters, digits and _; rename the column")
+    if len({name.lower() for name in names}) < len(names):
+        raise ValueError(f"{key}: a name is given twice in {names}")
+
+
 def history_schema(*, user_type: str, event_id_type: str | None, context_columns: list[str]) -> pa.Schema:
     """Arrow schema of the data files; types by name ("int64" or "string")."""
     leaves = [pa.field(TIMESTAMP, pa.int64(), nullable=False)]

@@ -27,28 +27,29 @@ from elastic_rec.feature_store.table.manifest import (
 )
 from elastic_rec.feature_store.table.own_files import SCRATCH, WORK, data_files, delete_leftovers
 from elastic_rec.feature_store.table.staging import clear_litter
-from elastic_rec.feature_store.utils.atomic_write import sync
+from elastic_rec.feature_store.utils.atomic_write import at_place, sync
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.locks import only_here
 from elastic_rec.feature_store.utils.scratch import scratch_folder
 
 
 @contextmanager
-def writing(out: str) -> Iterator[Location]:
+def writing(store: str) -> Iterator[Location]:
     """The store's folder, locked against other writers (flock: it ends with the process). Readers take no lock.
     Object stores have no lock: publish() refuses where another writer was faster. Leftovers of killed writers go."""
-    if not out:
-        raise DataError("out is empty: say which store")
-    root = open_location(out).resolve()
+    if not store:
+        raise DataError("store is empty: say which store")
+    root = open_location(store).resolve()
     if root.is_local:
         clear_litter(Path(root))
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; make the store first (mode=create)")
+        raise DataError(f"{root}: no such folder; make the store first")
     if not root.is_local:
-        yield root
+        with at_place(root):
+            yield root
         return
-    folder = Path(root)
-    with only_here(folder, busy="another append, vacuum or restore is at work there; run again when it has finished"):
+    folder, busy = Path(root), "another append, vacuum or restore is at work there; run again when it has finished"
+    with at_place(root), only_here(folder, busy=busy):
         for name in (SCRATCH, WORK):  # of a killed append or ingest: nobody else holds the lock
             if (folder / name).is_symlink():
                 raise DataError(f"{folder / name}: a link, which no store writes; remove it and run again")
@@ -87,25 +88,25 @@ def publish(root: Location, number: int, content: dict) -> dict:
     return manifest
 
 
-def restore(out: str, *, version: int) -> dict:
+def restore(store: str, *, version: int) -> dict:
     """Makes `version` the current one; later ones stay until a vacuum. Returns figures."""
-    with writing(out) as root:
+    with writing(store) as root:
         manifest = read_manifest(root, version)
         before = _current(root)
         if before != manifest.get("generation", 0):
             _make_current(root, version)
         counts = {"users": manifest["num_users"], "events": manifest["num_events"], "hash": manifest["hash"]}
-        return {"store": out, "version": version, "was": before, **counts}
+        return {"store": store, "version": version, "was": before, **counts}
 
 
-def vacuum(out: str, *, retention_hours: float) -> dict:
+def vacuum(store: str, *, retention_hours: float) -> dict:
     """Deletes versions that were last current over retention_hours ago, then every file that no other names.
 
     Within a version there is nothing to merge: an append rewrites the buckets it touches. The current version
     and its hash stay as they are, so runs trained on it go on. Returns figures.
     """
     began = time.perf_counter()
-    with writing(out) as root:
+    with writing(store) as root:
         current = read_manifest(root).get("generation", 0)
         latest = time.time() - retention_hours * 3600
         old = [v for v in filed_versions(root) if v != current and version_path(root, v).modified() <= latest]
@@ -119,7 +120,7 @@ def vacuum(out: str, *, retention_hours: float) -> dict:
         for path in deleted:
             path.delete()
         return {
-            "store": out,
+            "store": store,
             "version": current,
             "kept_versions": filed_versions(root) or [current],
             "dropped_versions": old,

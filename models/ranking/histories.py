@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from elastic_rec.models.ranking.config import History, RankingConfig
 from elastic_rec.models.ranking.target_attention import EventReader
 from elastic_rec.models.retrieval.model import gather_prefixes
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput, build_tower
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.moments import Moments, RunningMoments, moments_of
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.timeline import Timeline
-from elastic_rec.models.towers.elastic.tower import build_tower
 
 torch.fx.wrap("gather_prefixes")
 
@@ -106,7 +106,7 @@ class CausalHistory(nn.Module):
         output = self.tower(events_TD, group_offsets(batch), batch.times_s, False, (batch.group, batch.ends))
         return self.read(output, candidates_CD, batch.impression)
 
-    def read(self, output: CausalOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
+    def read(self, output: TowerOutput, candidates_CD: torch.Tensor, impression_C: torch.Tensor):
         """(C, 3, D): what a candidate reads of the interests, of the moments, and the output of the newest event."""
         # An event's part in a mean has a gradient divided by their number, the newest one's has not, and its item's row
         # is a candidate's too: taste was learned late (docs/lab-log.md). AdamW does not mind the factor, tables do.
@@ -186,7 +186,7 @@ def build_history(
 ) -> tuple[nn.Module, list[slice]]:
     """(the reader, its views: which of its vectors per candidate each head sees)."""
     if ranking.history is History.tower:
-        if tower.attention is Attention.causal:
+        if tower.kind.has_states:
             return CausalHistory(tower, memory, device), CAUSAL_VIEWS
         return PrefixHistory(tower, memory, max_history, device), [slice(0, 2)]
     if ranking.history is History.none:

@@ -36,8 +36,8 @@ from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.ranking.config import RankingConfig, Sharing
 from elastic_rec.models.ranking.histories import QueryGap, build_history
 from elastic_rec.models.retrieval.model import EventEncoder, EventTable
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.state import UserState
 
 
@@ -242,10 +242,10 @@ class RankingModel(nn.Module):
         loss = self.loss(logits_SCL, batch)
         return loss[0], (logits_SCL.mean(0), loss[1], loss[2])
 
-    def score(self, batch, output: CausalOutput | None = None) -> torch.Tensor:
+    def score(self, batch, output: TowerOutput | None = None) -> torch.Tensor:
         return self.logits(batch, output).float().mean(0)
 
-    def fold(self, batch, state: UserState) -> tuple[CausalOutput, UserState]:
+    def fold(self, batch, state: UserState) -> tuple[TowerOutput, UserState]:
         """With a causal tower only. The batch's events are those since `state`, a user per row: (the tower's output
         after them, for `score`; the next states)."""
         embedded = self.embeddings(batch.features)
@@ -253,7 +253,7 @@ class RankingModel(nn.Module):
             offsets_B1 = batch.features["item"].offsets()
             return self.tower.step(self.events(embedded), offsets_B1 - offsets_B1[0], batch.times_s, state, False)
 
-    def logits(self, batch, output: CausalOutput | None = None) -> torch.Tensor:
+    def logits(self, batch, output: TowerOutput | None = None) -> torch.Tensor:
         """(S, C, L). output: of the impressions' users as `fold` gave it, in the place of the batch's events."""
         embedded = self.embeddings(batch.features)
         context = None if self.context is None else self.context(batch.context)

@@ -27,11 +27,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor
 
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.retrieval.softmax import SOFTMAX, SoftmaxKind
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, Time, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput, build_tower
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import UserState
-from elastic_rec.models.towers.elastic.tower import TowerOutput, build_tower
 from elastic_rec.models.towers.elastic.windows import WindowedTower
 
 
@@ -174,15 +173,15 @@ class RetrievalModel(nn.Module):
         names = [table.name for table in tables]
         if not names or names[0] != "item" or len(set(names)) < len(names) or "candidate" in names:
             raise ValueError(f"tables {names}: put 'item' first, name each table once, and none 'candidate'")
-        if every_position and tower.attention is Attention.bidirectional:
+        if every_position and not tower.kind.is_causal:
             raise ValueError(
-                "data.targets=every_event with model.attention=bidirectional trains on the answer: set "
-                "model.attention=causal, or data.targets=sampled"
+                f"data.targets=every_event with model.tower={tower.tower} trains on the answer: set "
+                "model.tower=elastic_causal, or data.targets=sampled"
             )
-        if windows and tower.attention is not Attention.causal:
+        if windows and not tower.kind.has_states:
             raise ValueError(
                 "windows that carry a state (data.window) need a tower that can be continued: set "
-                "model.attention=causal, or data.window=0"
+                "model.tower=elastic_causal, or data.window=0"
             )
         # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
         # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.
@@ -228,14 +227,14 @@ class RetrievalModel(nn.Module):
         output, state = self.fold(batch, state)
         return self.ask(output, batch.query_gap_s), state
 
-    def fold(self, batch, state: UserState) -> tuple[CausalOutput, UserState]:
+    def fold(self, batch, state: UserState) -> tuple[TowerOutput, UserState]:
         """Causal only. The batch's events are those since `state`: (the tower's output after them, the next states)."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
             tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
             return self.tower.step(*tokens, state, every=False)
 
-    def ask(self, output: TowerOutput | CausalOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
+    def ask(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
         """The query (R, D) so many seconds after the newest event; -1: unknown."""
         with self.autocast():
             return self.head(output, query_gap_s_R).float()

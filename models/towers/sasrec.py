@@ -14,45 +14,15 @@ fused CPU kernel has none and would silently give way to N x N scores.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.dropout import Dropout
-
-
-@dataclass
-class SasrecConfig:
-    width: int = field(default=64, metadata={"help": "Width D of event embeddings and of the output."})
-    heads: int = field(default=2, metadata={"help": "Attention heads; width must be a multiple."})
-    layers: int = field(default=2, metadata={"help": "Blocks of attention and feed-forward."})
-    ffn_multiple: int = field(default=2, metadata={"help": "Hidden width of the feed-forwards, in widths."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout on every update of the events."})
-    max_history: int = field(default=200, metadata={"help": "Learned positions: the longest history it can take."})
-
-    def __post_init__(self) -> None:
-        for name in ("width", "heads", "layers", "ffn_multiple", "max_history"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sasrec.{name} = {getattr(self, name)}: set it to 1 or more")
-        if self.width % self.heads:
-            nearest = max(self.heads, round(self.width / self.heads) * self.heads)
-            raise ValueError(
-                f"sasrec.width = {self.width} is no multiple of sasrec.heads = {self.heads}: set width = {nearest}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"sasrec.dropout = {self.dropout}: set it in [0, 1)")
-
-
-class SasrecOutput(NamedTuple):
-    """interests (B, 1, D): the summary again, as the one interest SASRec has; summary (B, D), the output of the user's
-    newest event, zeros for a user without events; tokens (T, D), the output of each event (None unless asked for)."""
-
-    interests: torch.Tensor
-    summary: torch.Tensor
-    tokens: torch.Tensor | None
+from elastic_rec.models.towers.base import SequenceTower, TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 
 
 @dataclass(frozen=True)
@@ -124,7 +94,7 @@ def naive(query_BHNd, key_BHNd, value_BHNd, *, causal: bool, mask: torch.Tensor 
 
 
 class Block(nn.Module):
-    def __init__(self, config: SasrecConfig, attention: Callable[..., torch.Tensor]):
+    def __init__(self, config: TowerConfig, attention: Callable[..., torch.Tensor]):
         super().__init__()
         width, hidden = config.width, config.ffn_multiple * config.width
         self.heads, self.attention = config.heads, attention
@@ -179,33 +149,43 @@ class Block(nn.Module):
         return x_TD + self.ffn(x_TD)
 
 
-class Sasrec(nn.Module):
-    """forward(tokens_TD, offsets_B1, times_s_T, every=True) -> SasrecOutput. times_s_T is not used: SASRec knows order.
+class Sasrec(SequenceTower):
+    """forward(tokens_TD, offsets_B1, times_s_T, every=True) -> TowerOutput. times_s_T is not used: SASRec knows order.
 
-    every=False leaves out the output's `tokens` and most of the last block: for who wants the users' summary only.
+    interests (B, 1, D) is the summary again; summary (B, D) is the output of the user's newest event, zeros for a user
+    without events. every=False leaves out most of the last block as well.
     Positions count from the end of each history, so an event's output depends on how many events follow, never on
-    which. attention: `sdpa`, or `naive` to see what the fused kernel saves.
+    which. ValueError: a history of more than max_history events.
+    attention: `sdpa`, or `naive` to see what the fused kernel saves.
     """
 
-    def __init__(self, config: SasrecConfig, *, attention: Callable[..., torch.Tensor] = sdpa):
+    is_causal = has_positions = True
+
+    def __init__(self, config: TowerConfig, *, max_history: int = 200, attention: Callable[..., torch.Tensor] = sdpa):
         super().__init__()
-        self.position = nn.Parameter(torch.randn(config.max_history, config.width) * 0.5)  # as the ELASTIC tower's
+        self.position = nn.Parameter(torch.randn(max_history, config.width) * 0.5)  # as the ELASTIC tower's
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
 
+    @classmethod
+    def build(
+        cls, config: TowerConfig, memory: MemoryConfig, *, max_history: int, device: torch.device | str | None
+    ) -> Sasrec:
+        return cls(config, max_history=max_history)
+
     def forward(
         self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = True
-    ) -> SasrecOutput:
+    ) -> TowerOutput:
         groups = Groups.build(offsets_B1)
         longest = max((n for _, n in groups.shapes), default=0)
         if longest > len(self.position):
             raise ValueError(
-                f"a history of {longest} events, but sasrec.max_history = {len(self.position)}: "
-                "set sasrec.max_history higher or data.max_history lower"
+                f"a history of {longest} events, but SASRec was made with positions for {len(self.position)}: give "
+                "each user's newest ones, or train with data.max_history set higher"
             )
         summary_BD = tokens_TD.new_zeros(offsets_B1.numel() - 1, tokens_TD.shape[1])
         if not groups.shapes:
-            return SasrecOutput(summary_BD[:, None], summary_BD, tokens_TD if every else None)
+            return TowerOutput(summary_BD[:, None], summary_BD, tokens_TD if every else None)
         T = tokens_TD.shape[0]
         end_T = offsets_B1[1:].repeat_interleave(offsets_B1.diff(), output_size=T)
         position_T = end_T - 1 - torch.arange(T, device=tokens_TD.device)
@@ -219,4 +199,4 @@ class Sasrec(nn.Module):
         else:
             outputs_TD, newest_UD = None, self.norm(self.blocks[-1].newest(x_TD, groups, last_U))
         summary_BD = summary_BD.to(newest_UD.dtype).index_copy(0, groups.order_U, newest_UD)
-        return SasrecOutput(summary_BD[:, None], summary_BD, outputs_TD)
+        return TowerOutput(summary_BD[:, None], summary_BD, outputs_TD)

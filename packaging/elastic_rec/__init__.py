@@ -4,7 +4,7 @@
 
     run = elastic_rec.load("runs/demo/run")                          # a trained run (pipeline/runs.py)
     store = elastic_rec.Store.open("runs/demo/store")                # a history store
-    tower = elastic_rec.CausalTower(elastic_rec.TowerConfig(attention="causal"), elastic_rec.MemoryConfig())
+    tower = elastic_rec.CausalTower(elastic_rec.TowerConfig(tower="elastic_causal"), elastic_rec.MemoryConfig())
 
 The rooms stand at the top level of the repository (pyproject.toml maps elastic_rec.models to models/, and so on). A
 name is imported when it is first asked for (PEP 562): `import elastic_rec` loads neither torch nor PyArrow.
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from elastic_rec.models.ranking.config import RankingConfig
     from elastic_rec.models.ranking.model import RankingModel
     from elastic_rec.models.retrieval.model import RetrievalModel
+    from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
     from elastic_rec.models.towers.elastic.causal_tower import CausalTower
-    from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
     from elastic_rec.models.towers.elastic.tower import ElasticTower
     from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig
-    from elastic_rec.pipeline.config.verbs import TrainConfig
+    from elastic_rec.pipeline.config.train import TrainConfig
     from elastic_rec.pipeline.runs import Run, UserStates, load
 
 _HOMES = {
@@ -39,12 +39,12 @@ _HOMES = {
     "RankingModel": "models.ranking.model",
     "RetrievalModel": "models.retrieval.model",
     "CausalTower": "models.towers.elastic.causal_tower",
-    "MemoryConfig": "models.towers.elastic.config",
-    "TowerConfig": "models.towers.elastic.config",
+    "MemoryConfig": "models.towers.config",
+    "TowerConfig": "models.towers.config",
     "ElasticTower": "models.towers.elastic.tower",
     "Sasrec": "models.towers.sasrec",
     "SasrecConfig": "models.towers.sasrec",
-    "TrainConfig": "pipeline.config.verbs",
+    "TrainConfig": "pipeline.config.train",
     "Run": "pipeline.runs",
     "UserStates": "pipeline.runs",
     "load": "pipeline.runs",

@@ -11,9 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from elastic_rec.pipeline.config import data as data_schema
-from elastic_rec.pipeline.config import verbs as schema
-from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
+from elastic_rec.configs.options import bounds_of
+from elastic_rec.pipeline.config.commands import COMMANDS
 
 TARGET = Path("docs/reference/config.md")
 HEAD = """# Configuration reference
@@ -24,28 +23,20 @@ the code runs on. A test compares them.
 A key is set on the command line (`optim.epochs=3`), by a group (`model=base`, a file in `configs/model/`), or by an
 experiment (`experiment=ml1m`, a file in `configs/experiment/`). A key that is not listed here is refused.
 """
-VERBS = {
-    "ingest": data_schema.IngestVerbConfig,
-    "describe": data_schema.DescribeConfig,
-    "train": schema.TrainConfig,
-    "evaluate": schema.EvaluateConfig,
-    "score": schema.ScoreConfig,
-    "demo": schema.DemoConfig,
-    "verify": data_schema.VerifyConfig,
-    "benchmark": BenchmarkConfig,
-}
 
 
 def reference() -> str:
+    """The page: a table for each verb, with the keys that no verb before it has."""
     parts = [HEAD]
     seen: set[str] = set()
-    for verb, config in VERBS.items():
-        rows = list(_rows(config(), ""))
+    for verb, command in COMMANDS.items():
+        rows = list(_rows(command.config_class(), ""))
         new = [row for row in rows if row not in seen]
         seen.update(rows)
         known = sorted({row.split("`")[1].split(".")[0] for row in rows if row not in new})
-        parts.append(f"\n## {verb}\n\n| key | type | default | meaning |\n|---|---|---|---|")
-        parts.extend(new)
+        parts.append(f"\n## {verb}")
+        if new:
+            parts += ["\n| key | type | default | meaning |\n|---|---|---|---|", *new]
         if known:
             parts.append(f"\nAlso {', '.join(f'`{name}.*`' for name in known)}, as above.")
     return "\n".join(parts) + "\n"
@@ -58,7 +49,9 @@ def _rows(config: Any, prefix: str):
         if is_dataclass(kind):
             yield from _rows(default, f"{prefix}{f.name}.")
             continue
-        yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {f.metadata['help'].replace('|', '/')} |"
+        bounds = bounds_of(f.metadata)
+        meaning = f.metadata["help"].replace("|", "/") + (f" ({bounds})" if bounds else "")
+        yield f"| `{prefix}{f.name}` | {_type(kind)} | {_value(default)} | {meaning} |"
 
 
 def _type(kind: Any) -> str:

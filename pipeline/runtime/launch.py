@@ -81,6 +81,25 @@ def verb(name: str, schema: type, *, distributed: bool = False) -> Callable:
     return decorate
 
 
+def commands(default: Callable[[], None], **others: Callable[[], None]) -> Callable[[], None]:
+    """One file, several commands: `python pipeline/ingest.py append store=...`.
+
+    A first argument that is a word without "=" chooses among `others`; where there is none, `default` runs. All are
+    what verb() gives. Another word ends the process with exit code 2 and the names of the commands.
+    """
+
+    def chosen() -> None:
+        name = next(iter(sys.argv[1:]), "")
+        if not name.isidentifier():
+            return default()
+        if name not in others:
+            _end(ConfigError(f"{name}: neither a command ({', '.join(others)}) nor key=value"))
+        del sys.argv[1]
+        return others[name]()
+
+    return chosen
+
+
 def quoting_advice(arguments: list[str]) -> str:
     """A line for each override that Hydra cannot parse as it is, and can with its values in quotes: paths with "=",
     brackets, "~", umlauts, commas and the like. Values of a list end at its commas."""

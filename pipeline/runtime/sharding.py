@@ -22,7 +22,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from elastic_rec.pipeline.config.training import ParallelConfig
+from elastic_rec.pipeline.config.parallel import ParallelConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World
 
@@ -37,7 +37,7 @@ def init_device(table_rows: int, width: int, config: ParallelConfig) -> torch.de
 def shard(model: nn.Module, *, world: World, config: ParallelConfig, seed: int) -> DistributedModelParallel:
     """Shard every collection of tables in `model` by a planner-made plan and wrap the dense rest in DDP.
 
-    Table optimisers must have been attached before (optimisers.attach_table_optimisers).
+    Table optimizers must have been attached before (optimizers.attach_table_optimizers).
     Raises ConfigError for a row-wise table with fewer rows than ranks or when the tables do not fit.
     """
     sharders: list[ModuleSharder] = [

@@ -41,7 +41,7 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line for the person watching: stderr, rank 0 only; stdout is kept for the result."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)

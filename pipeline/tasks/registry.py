@@ -1,30 +1,39 @@
-"""Which task a run is about: chosen by `task` in its config."""
+"""The task of each name, and the scorings of each task."""
 
 from __future__ import annotations
 
-from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.pipeline.config.verbs import Task, TrainConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.score import ScoreConfig
+from elastic_rec.pipeline.config.train import TaskName, TrainConfig
+from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World
+from elastic_rec.pipeline.tasks.base import Task
 from elastic_rec.pipeline.tasks.next_item.task import NextItemTask
 from elastic_rec.pipeline.tasks.ranking.task import RankingTask
+from elastic_rec.pipeline.tasks.scoring import Scoring
 
-AnyTask = NextItemTask | RankingTask
-TASKS = {Task.next_item: NextItemTask, Task.ranking: RankingTask}
+TASKS: dict[TaskName, type[Task]] = {TaskName.next_item: NextItemTask, TaskName.ranking: RankingTask}
 
 
-def make_task(config: TrainConfig, *, world: World, store: str = "", rows: dict[str, int] | None = None) -> AnyTask:
-    """store: another than the config's. rows: of the tables of a trained run. Collective."""
+def make_task(config: TrainConfig, *, world: World, store: str = "", rows: dict[str, int] | None = None) -> Task:
+    """The run's task, as Task.__init__ has it. Raises DataError where ranks open different stores. Collective."""
     task = TASKS[config.task](config, world=world, store=store, rows=rows)
-    _check_same_store(task)
+    task.require_same_store()
     return task
 
 
-def _check_same_store(task: AnyTask) -> None:
-    """Raises DataError where an append or an overwrite came between two ranks' opening of the store."""
-    mine = task.store.manifest["hash"] + (task.table.manifest["hash"] if isinstance(task, RankingTask) else "")
-    hashes = task.world.of_all(mine)
-    if len(set(hashes)) > 1:
-        raise DataError(
-            f"{task.store.path}: changed while it was opened, rank 0 has version hash {hashes[0][:12]} and another "
-            f"rank {next(other for other in hashes if other != hashes[0])[:12]}; run again"
-        )
+def scoring_of(run: TrainConfig, config: ScoreConfig) -> type[Scoring]:
+    """The kind of scoring that a config asks for. Raises ConfigError where it is not for runs of this task."""
+    for kind in TASKS[run.task].scorings:
+        if kind.config_type is type(config):
+            return kind
+    commands = " or ".join(f"score.py {kind.command}" for kind in TASKS[run.task].scorings)
+    raise ConfigError(f"{config.run} was trained with task={run.task}: use {commands}")
+
+
+def refuse_keys_of_others(run: TrainConfig, config: EvaluateConfig) -> None:
+    """Raises ConfigError for a key that means nothing to the run's task."""
+    for name, task in TASKS.items():
+        for key in task.evaluate_keys:
+            if name is not run.task and getattr(config, key):
+                raise ConfigError(f"{key}={getattr(config, key)}: only for runs with task={name}; leave it out")

@@ -71,7 +71,7 @@ class ScoreFolder:
         found = dict(sorted(item for each in self.world.of_all(mine) for item in each.items()))
         for fault in found.values():
             if isinstance(fault, str):
-                self.world.say(f"{fault}: scored again")
+                self.world.log(f"{fault}: scored again")
         whole = {number: about for number, about in found.items() if isinstance(about, dict)}
         self._known |= {number: about for number, about in whole.items() if number in mine}
         return whole

@@ -48,7 +48,7 @@ class Checkpoints:
     def save(
         self,
         model: DistributedModelParallel,
-        optimiser: CombinedOptimizer,
+        optimizer: CombinedOptimizer,
         saved: dict[str, Any],
         *,
         best_step: int | None,
@@ -56,7 +56,7 @@ class Checkpoints:
         """Write one step folder; saved (JSON-able, with "step") goes into the marker. best_step: of the run so far,
         None before a validation. Of a step that is there already with these weights only the marker is replaced."""
         step = saved["step"]
-        files = self.marker(step)["files"] if step == self._held else self._write(step, model, optimiser)
+        files = self.marker(step)["files"] if step == self._held else self._write(step, model, optimizer)
         self._held = step
         if self.world.is_main:
             write_checked(self.folder(step) / MARKER, {**saved, "best_step": best_step, "files": files})
@@ -65,7 +65,7 @@ class Checkpoints:
         dist.barrier()
 
     def _write(
-        self, step: int, model: DistributedModelParallel, optimiser: CombinedOptimizer
+        self, step: int, model: DistributedModelParallel, optimizer: CombinedOptimizer
     ) -> dict[str, dict[str, Any]]:
         """The step folder without its marker; returns what `_describe` says of its files. Collective."""
         final = self.folder(step)
@@ -74,7 +74,7 @@ class Checkpoints:
             make_folder(self.root)
             shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
-        dcp.save({"model": model.state_dict(), "optimiser": optimiser.state_dict()}, storage_writer=PlanWriter(aside))
+        dcp.save({"model": model.state_dict(), "optimiser": optimizer.state_dict()}, storage_writer=PlanWriter(aside))
         files = self._describe(aside)
         if self.world.is_main:
             sync(aside)
@@ -84,7 +84,7 @@ class Checkpoints:
         self._whole.discard(step)
         return files
 
-    def load(self, step: int, model: nn.Module, optimiser: CombinedOptimizer | None = None) -> dict[str, Any]:
+    def load(self, step: int, model: nn.Module, optimizer: CombinedOptimizer | None = None) -> dict[str, Any]:
         """Load in place and return the marker. model: sharded, or whole in one process.
 
         Raises CheckpointError when the folder has no marker, is damaged, or does not fit the model.
@@ -94,8 +94,8 @@ class Checkpoints:
             others = [each for each in self.complete_steps() if each != step]
             raise CheckpointError(f"{fault}. Choose another checkpoint, by its step: {others or 'there is none'}")
         state: dict[str, Any] = {"model": model.state_dict()}
-        if optimiser is not None:
-            state["optimiser"] = optimiser.state_dict()
+        if optimizer is not None:
+            state["optimiser"] = optimizer.state_dict()
         try:
             reader = PlanReader(folder, files=marker["files"])
             with warnings.catch_warnings():  # one process by choice is no accident
@@ -108,8 +108,8 @@ class Checkpoints:
                 f"Use the settings in {self.root.parent / 'config.yaml'}, or another checkpoint"
             ) from None
         model.load_state_dict(state["model"])
-        if optimiser is not None:
-            optimiser.load_state_dict(state["optimiser"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimiser"])
             self._held = step
             self._undone = {each for each in self.complete_steps() if each > step}
         return marker
@@ -120,14 +120,14 @@ class Checkpoints:
         Raises CheckpointError when all are damaged.
         """
         for folder in self._half_written():
-            self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): not read")
+            self.world.log(f"checkpoint {folder} is half-written (no {MARKER}): not read")
         steps = self.world.agreed(self.complete_steps())  # a training may write here while ranks look
         for step in reversed(steps):
             fault = self._fault(step)
             if not fault:
                 self._whole.add(step)
                 return step
-            self.world.say(f"{fault}: the checkpoint of step {step} is not read, the next older one is taken")
+            self.world.log(f"{fault}: the checkpoint of step {step} is not read, the next older one is taken")
         if steps:
             raise CheckpointError(
                 f"{self.root}: all checkpoints are damaged, of steps {steps}: restore one, or remove that folder and "
@@ -141,7 +141,7 @@ class Checkpoints:
         step = self.world.agreed(self._best_noted() if self.world.is_main else None)
         if step is None:
             step = self.latest()
-            self.world.say(f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {step}")
+            self.world.log(f"{self.root}: no validation has given a figure: best is the newest checkpoint, step {step}")
         return step
 
     def _best_noted(self) -> int | None:
@@ -149,7 +149,7 @@ class Checkpoints:
             try:
                 return self.marker(step)["best_step"]
             except CheckpointError as error:
-                self.world.say(f"{error}: which checkpoint is best is read from the next older marker")
+                self.world.log(f"{error}: which checkpoint is best is read from the next older marker")
         raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
 
     def marker(self, step: int) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Checkpoints:
     def sweep(self) -> None:
         """Removes what killed trainings left. For the one process that holds the run folder."""
         for folder in self._half_written():
-            self.world.say(f"checkpoint {folder} is half-written (no {MARKER}): removed")
+            self.world.log(f"checkpoint {folder} is half-written (no {MARKER}): removed")
             shutil.rmtree(folder)
         for folder in (self.root, *self.root.glob("step-*")):  # what an evaluation may be writing is beside them
             remove_leftovers(folder)

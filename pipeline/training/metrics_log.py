@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from elastic_rec.feature_store.utils.atomic_write import at_place, sync, to_json, write_text
+from elastic_rec.models.towers.elastic.memory import slot_usage
 from elastic_rec.pipeline.runtime.world import World
 
 SHOWN = ("hr@10", "ndcg@10", "mrr", "auc", "gauc", "ne")  # of a validation, on the screen
@@ -66,7 +69,7 @@ class MetricsLog:
             if not self.bar.disable or time.monotonic() < self.next_line:
                 return
             self.next_line = time.monotonic() + LINE_EVERY_S
-            self.world.say(f"step {step}/{self.bar.total}  epoch {epoch}  {text}")
+            self.world.log(f"step {step}/{self.bar.total}  epoch {epoch}  {text}")
         else:
             shown = "  ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures)
             tqdm.write(f"epoch {epoch}  {kind}: {shown}", file=sys.stderr)
@@ -84,6 +87,18 @@ def _tensorboard(folder: Path, world: World):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        world.say("no TensorBoard here, figures go to metrics.jsonl only; pip install elastic-rec[tensorboard]")
+        world.log("no TensorBoard here, figures go to metrics.jsonl only; pip install elastic-rec[tensorboard]")
         return None
     return SummaryWriter(str(folder))
+
+
+def memory_usage(model: nn.Module) -> dict[str, float]:
+    """Use of the memory's slots over all ranks since the last call: share hit, effective number. Collective."""
+    memory = getattr(model.tower, "memory", None)  # peers, and their absent towers, have none
+    if memory is None:
+        return {}
+    counts_M = memory.select.counts
+    dist.all_reduce(counts_M)
+    usage = slot_usage(counts_M)
+    counts_M.zero_()
+    return {f"memory_{name}": value for name, value in usage.items()}

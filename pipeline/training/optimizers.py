@@ -1,4 +1,4 @@
-"""Two kinds of optimiser behind one step(): row-wise Adagrad fused into the tables' backward, AdamW for the rest."""
+"""Two kinds of optimizer with one step(): row-wise Adagrad fused into the tables' backward, AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from elastic_rec.pipeline.config.training import OptimConfig
+from elastic_rec.pipeline.config.train import OptimConfig
 
 
-def attach_table_optimisers(model: nn.Module, config: OptimConfig) -> None:
-    """Give every table its fused optimiser, with its own learning rate. Must run before sharding."""
+def attach_table_optimizers(model: nn.Module, config: OptimConfig) -> None:
+    """Give every table its fused optimizer, with its own learning rate. Must run before sharding."""
     for module in model.modules():
         if isinstance(module, EmbeddingCollection):
             tables = module.embeddings
@@ -31,10 +31,10 @@ def attach_table_optimisers(model: nn.Module, config: OptimConfig) -> None:
             apply_optimizer_in_backward(RowWiseAdagrad, [table.weight], {"lr": lr, "eps": config.table_eps})
 
 
-def build_optimiser(
+def build_optimizer(
     model: DistributedModelParallel, config: OptimConfig, *, total_steps: int
 ) -> tuple[CombinedOptimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """The combined optimiser of a sharded model and its schedule.
+    """The combined optimizer of a sharded model and its schedule.
 
     The loop is zero_grad(); backward() (tables are updated here); step(); scheduler.step(). zero_grad must be the
     combined one each step: that is when a new learning rate reaches the fused kernels.

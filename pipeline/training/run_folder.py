@@ -30,17 +30,17 @@ from elastic_rec.feature_store.utils.checked_json import read_checked, read_sign
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.locks import hold_folder
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.training import ParallelConfig
-from elastic_rec.pipeline.config.verbs import TrainConfig
+from elastic_rec.pipeline.config.parallel import ParallelConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.errors import CheckpointError, ConfigError, NonFiniteError
 from elastic_rec.pipeline.runtime.finite import require_finite_state
 from elastic_rec.pipeline.runtime.launch import strings_of
 from elastic_rec.pipeline.runtime.sharding import shard
 from elastic_rec.pipeline.runtime.world import World
-from elastic_rec.pipeline.tasks.base import check_tables
-from elastic_rec.pipeline.tasks.registry import AnyTask, make_task
+from elastic_rec.pipeline.tasks.base import Task
+from elastic_rec.pipeline.tasks.registry import make_task
 from elastic_rec.pipeline.training.checkpoints import Checkpoints
-from elastic_rec.pipeline.training.optimizers import attach_table_optimisers
+from elastic_rec.pipeline.training.optimizers import attach_table_optimizers
 
 # What a resumed run cannot change: all that shapes the model, the order of batches, or the targets in them.
 FIXED = (
@@ -66,7 +66,7 @@ def keep_version(config: TrainConfig) -> None:
 
 
 @contextmanager
-def open_run(config: TrainConfig, *, task: AnyTask, world: World) -> Iterator[Path]:
+def open_run(config: TrainConfig, *, task: Task, world: World) -> Iterator[Path]:
     """Make the run folder, or check that a resumed run fits it; hold it against a second training. Yields its path.
 
     Evaluate and score may run beside. Raises ConfigError when the folder is taken and run.resume is off, or when a
@@ -87,7 +87,7 @@ def open_run(config: TrainConfig, *, task: AnyTask, world: World) -> Iterator[Pa
         yield run_dir
 
 
-def _check_fits(config: TrainConfig, task: AnyTask) -> None:
+def _check_fits(config: TrainConfig, task: Task) -> None:
     run_dir = Path(config.run.dir)
     known = run_dir / CONFIG
     if not known.exists():
@@ -105,7 +105,7 @@ def _check_fits(config: TrainConfig, task: AnyTask) -> None:
         )
 
 
-def _describe(config: TrainConfig, task: AnyTask) -> None:
+def _describe(config: TrainConfig, task: Task) -> None:
     run_dir = Path(config.run.dir)
     digests = {name: task.vocabulary(name).digest(rows) for name, rows in task.rows.items()}
     write_checked(run_dir / TABLES, {"rows": task.rows, "ids": digests, "store": task.store.manifest["hash"]})
@@ -133,6 +133,7 @@ def read_config(run: str | Path) -> TrainConfig:
 
 
 def read_tables(run: str | Path) -> dict[str, Any]:
+    """RUN/tables.json: rows of each table, digests of their ids, hash of the store. Raises CheckpointError."""
     try:
         return read_checked(Path(run) / TABLES)
     except FileNotFoundError:
@@ -148,6 +149,17 @@ def model_fingerprint(run: str, *, step: int, config: TrainConfig, world: World)
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def open_task(config: TrainConfig, run: str | Path, *, world: World, store: str = "") -> Task:
+    """The task of a trained run, with its tables' rows, on its own store or another. Collective.
+
+    config: the run's, with changes to what does not shape the model. Raises ConfigError for a store with other ids.
+    """
+    tables = read_tables(run)
+    task = make_task(config, world=world, store=store, rows=tables["rows"])
+    task.require_same_ids(tables.get("ids", {}))
+    return task
+
+
 def load_model(
     run: str,
     *,
@@ -156,8 +168,8 @@ def load_model(
     parallel: ParallelConfig,
     store: str = "",
     config: TrainConfig | None = None,
-    check: Callable[[AnyTask], None] = lambda task: None,
-) -> tuple[AnyTask, nn.Module, int]:
+    check: Callable[[Task], None] = lambda task: None,
+) -> tuple[Task, nn.Module, int]:
     """Rebuild a run's model on this world and load a checkpoint: "best", "last" or a step number.
 
     store: another than the run's, or the run's in its newest version. config: the run's, with changes to what does
@@ -165,13 +177,13 @@ def load_model(
     in eval mode, step). Raises NonFiniteError for weights that are no numbers.
     """
     config = config or read_config(run)
-    task = _open_task(run, config, world=world, store=store)
+    task = open_task(config, run, world=world, store=store)
     check(task)
     checkpoints = Checkpoints(Path(run), world=world)
-    step = _choose(checkpoints, checkpoint)
+    step = choose_step(checkpoints, checkpoint)
     checkpoints.marker(step)  # refuse a half-written one before anything is built
     model = task.build_model()
-    attach_table_optimisers(model, config.optim)  # their kernels hold the tables; nothing is trained
+    attach_table_optimizers(model, config.optim)  # their kernels hold the tables; nothing is trained
     sharded = shard(model, world=world, config=parallel, seed=config.run.seed)
     _load_finite(checkpoints, step, sharded)
     return task, sharded.module.eval(), step
@@ -179,24 +191,16 @@ def load_model(
 
 def load_whole_model(
     run: str | Path, *, checkpoint: str, device: torch.device, store: str = ""
-) -> tuple[AnyTask, nn.Module, int]:
+) -> tuple[Task, nn.Module, int]:
     """As load_model, for one process without a process group: the model has its tables whole, as plain modules."""
     world, config = World(rank=0, size=1, device=device), read_config(run)
     config.parallel.host_init_gib = math.inf  # tables on meta are for sharding
-    task = _open_task(run, config, world=world, store=store)
+    task = open_task(config, run, world=world, store=store)
     checkpoints = Checkpoints(Path(run), world=world)
-    step = _choose(checkpoints, checkpoint)
+    step = choose_step(checkpoints, checkpoint)
     model = task.build_model()
     _load_finite(checkpoints, step, model)
     return task, model.to(device).eval(), step
-
-
-def _open_task(run: str | Path, config: TrainConfig, *, world: World, store: str) -> AnyTask:
-    """The run's task over a store whose ids mean what the run's do."""
-    tables = read_tables(run)
-    task = make_task(config, world=world, store=store, rows=tables["rows"])
-    check_tables(task, tables.get("ids", {}))
-    return task
 
 
 def _load_finite(checkpoints: Checkpoints, step: int, model: nn.Module) -> None:
@@ -207,7 +211,8 @@ def _load_finite(checkpoints: Checkpoints, step: int, model: nn.Module) -> None:
         raise NonFiniteError(f"{checkpoints.folder(step)}: {error}; give another checkpoint=STEP") from None
 
 
-def _choose(checkpoints: Checkpoints, which: str) -> int:
+def choose_step(checkpoints: Checkpoints, which: str) -> int:
+    """The step of "best", "last" or a number. Raises CheckpointError where there is none. Collective."""
     if which == "best":
         return checkpoints.best()
     if which == "last":

@@ -16,18 +16,16 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
-from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
-from elastic_rec.feature_store.reading.cursor import Cursor
 from elastic_rec.feature_store.utils.atomic_write import at_place
-from elastic_rec.pipeline.config.verbs import TrainConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime import interrupts
 from elastic_rec.pipeline.runtime.errors import NonFiniteError
 from elastic_rec.pipeline.runtime.finite import require_finite_state
 from elastic_rec.pipeline.runtime.pulse import AllStop
-from elastic_rec.pipeline.runtime.world import World
-from elastic_rec.pipeline.tasks.ranking.task import RankingBatch
+from elastic_rec.pipeline.tasks.base import Batch, Reader, Task, Validation
+from elastic_rec.pipeline.tasks.denominator import mean_over_windows
 from elastic_rec.pipeline.training.checkpoints import Checkpoints
-from elastic_rec.pipeline.training.metrics_log import MetricsLog
+from elastic_rec.pipeline.training.metrics_log import MetricsLog, memory_usage
 from elastic_rec.pipeline.training.optimizers import set_step
 
 
@@ -47,39 +45,31 @@ class Progress:
 
 
 class Trainer:
-    """Trains a sharded model.
+    """Trains a sharded model of `task` on the batches of `reader`, and judges it by `validation`.
 
-    batches(epoch, start_batch) yields this rank's batches; validate() returns figures, whose `metric` chooses the best
-    checkpoint (absent or None: undefined); user_ids(rows) names users in errors; cursor(epoch, batch) is the reader's.
-    Each rank's loss is its share of the global batch's loss, times ranks.
-
-    A batch may come in windows: an update of the weights each, but one step of the run (schedule, log, checkpoint),
-    after the last of them, where no state is carried.
+    Each rank's loss is its share of the global batch's loss, times ranks. A batch may come in windows: an update of the
+    weights each, but one step of the run (schedule, log, checkpoint), after the last of them, where no state is
+    carried.
     """
 
     def __init__(
         self,
         model: DistributedModelParallel,
-        optimiser: CombinedOptimizer,
+        optimizer: CombinedOptimizer,
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         *,
-        config: TrainConfig,
-        world: World,
+        task: Task,
+        reader: Reader,
+        validation: Validation,
         checkpoints: Checkpoints,
         log: MetricsLog,
-        num_batches: int,
-        batches: Callable[[int, int], Iterator[PrefixBatch | RankingBatch]],
-        validate: Callable[[], dict[str, Any]],
-        metric: str,
-        user_ids: Callable[[torch.Tensor], list],
-        cursor: Callable[[int, int], Cursor],
     ) -> None:
-        self.model, self.optimiser, self.scheduler = model, optimiser, scheduler
-        self.config, self.world, self.checkpoints, self.log = config, world, checkpoints, log
-        self.num_batches, self.batches, self.validate, self.user_ids = num_batches, batches, validate, user_ids
-        self.metric, self.cursor = metric, cursor
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.task, self.reader, self.validation = task, reader, validation
+        self.checkpoints, self.log = checkpoints, log
+        self.config, self.world, self.num_batches = task.config, task.world, reader.num_batches
         self.progress = Progress()
-        self.total_steps = planned_steps(config, num_batches)
+        self.total_steps = planned_steps(self.config, self.num_batches)
 
     def resume(self) -> bool:
         """Go on from the newest complete checkpoint; False where there is none."""
@@ -87,11 +77,11 @@ class Trainer:
         if step is None:
             self.log.forget_after(0)
             return False
-        saved = self.checkpoints.load(step, self.model, self.optimiser)
+        saved = self.checkpoints.load(step, self.model, self.optimizer)
         self.progress = Progress(**saved["progress"])
         set_step(self.scheduler, step)
         self.log.forget_after(step)
-        self.world.say(f"resuming at step {step} (epoch {self.progress.epoch}, batch {self.progress.batch})")
+        self.world.log(f"resuming at step {step} (epoch {self.progress.epoch}, batch {self.progress.batch})")
         return True
 
     def run(self) -> Progress:
@@ -121,22 +111,22 @@ class Trainer:
                 if progress.batch == self.num_batches:  # else max_steps fell inside the epoch
                     progress.epoch, progress.batch = progress.epoch + 1, 0
             self._require_finite()
-            figures = self.validate()
+            figures = {**self.validation.figures(self.model.module), **memory_usage(self.model.module)}
             progress.to_validate = False
-            self._judge(figures.get(self.metric), is_whole=progress.batch == 0)
+            self._judge(figures.get(self.task.metric), is_whole=progress.batch == 0)
             self.log.write("valid", step=progress.step, epoch=progress.epoch, **figures)
             self._save()
         if self._out_of_patience():
-            self.world.say(f"early stop: no better validation for {optim.patience} epochs")
+            self.world.log(f"early stop: no better validation for {optim.patience} epochs")
         return progress
 
     def _judge(self, value: float | None, *, is_whole: bool) -> None:
         """Notes a validation's figure. An undefined one does not count for patience."""
-        progress = self.progress
+        progress, metric = self.progress, self.task.metric
         if value is None or math.isnan(value):
-            self.world.say(
-                f"validation at step {progress.step}: {self.metric} is undefined on these targets (for auc: one class "
-                "only); the checkpoint is kept, and patience does not count it"
+            self.world.log(
+                f"validation at step {progress.step}: {metric} is undefined on these targets (for auc: one "
+                "class only); the checkpoint is kept, and patience does not count it"
             )
         elif progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.bad_epochs = value, progress.step, 0
@@ -149,9 +139,10 @@ class Trainer:
         self.model.train()
         # A pipeline rewrites the forward of sharded modules while it lives: one per epoch, detached before validation.
         pipeline = self._pipeline()
-        source = TimedIterator(self.batches(progress.epoch, progress.batch), self.total_steps - progress.step)
-        watch, losses = LossWatch(self.user_ids), WindowLosses()
         epoch = progress.epoch
+        batches = self.task.train_batches(self.reader, epoch=epoch, start_batch=progress.batch)
+        source = TimedIterator(batches, self.total_steps - progress.step)
+        watch, losses, denominators = LossWatch(self.task.user_ids), [], []
         while True:
             seed = (run.seed * 1_000_003 + progress.step) * 4099 + self.world.rank  # dropout resumes alike
             torch.manual_seed(seed + (len(losses) << 48))
@@ -160,12 +151,14 @@ class Trainer:
             except StopIteration:
                 break
             batch = source.handed_out.popleft()
-            losses.add(loss, batch.normaliser)
+            losses.append(loss.detach())
+            denominators.append(batch.normaliser)
             if not batch.is_last_window:
                 continue
             self.scheduler.step()
             progress.step, progress.batch = progress.step + 1, progress.batch + 1
-            watch.add(progress.step, losses.mean(), batch.rows)
+            watch.add(progress.step, mean_over_windows(losses, denominators), batch.rows)
+            losses, denominators = [], []
             if progress.step % run.log_every == 0 or progress.batch == self.num_batches:
                 self._log_steps(watch, source, epoch)
             if self._is_due(progress):
@@ -193,7 +186,7 @@ class Trainer:
 
     def _require_finite(self) -> None:
         """Refuse to validate or save broken weights: an update after a finite loss can overflow. Collective."""
-        require_finite_state({"": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}, self.world)
+        require_finite_state({"": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, self.world)
 
     @contextmanager
     def _last_checkpoint_named(self) -> Iterator[None]:
@@ -211,7 +204,7 @@ class Trainer:
 
     def _pipeline(self) -> TrainPipelineBase:
         kind = TrainPipelineSparseDist if self.config.run.pipelined else TrainPipelineBase
-        return kind(self.model, self.optimiser, self.world.device)
+        return kind(self.model, self.optimizer, self.world.device)
 
     def _log_steps(self, watch: LossWatch, source: TimedIterator, epoch: int) -> None:
         sums = torch.tensor([watch.check(), *source.counts()], dtype=torch.float64, device=self.world.device)
@@ -230,11 +223,11 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        self.progress.cursor = asdict(self.cursor(self.progress.epoch, self.progress.batch))
+        self.progress.cursor = asdict(self.reader.cursor(self.progress.epoch, self.progress.batch))
         saved = {"step": self.progress.step, "progress": asdict(self.progress)}
         self.log.sync()
         with at_place(self.checkpoints.folder(self.progress.step)):
-            self.checkpoints.save(self.model, self.optimiser, saved, best_step=self.progress.best_step)
+            self.checkpoints.save(self.model, self.optimizer, saved, best_step=self.progress.best_step)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.optim.patience
@@ -255,29 +248,10 @@ class HandedOut(NamedTuple):
     is_last_window: bool
 
 
-class WindowLosses:
-    """The losses of a batch's windows, up to now; their mean by number of targets is that of one pass."""
-
-    def __init__(self) -> None:
-        self.parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def add(self, loss: torch.Tensor, normaliser: torch.Tensor) -> None:
-        self.parts.append((loss.detach(), normaliser))
-
-    def mean(self) -> torch.Tensor:
-        """And start with the next batch."""
-        losses, weights = (torch.stack(part) for part in zip(*self.parts, strict=True))
-        self.parts = []
-        return (losses * (weights / weights.sum()).to(losses.device)).sum()
-
-
 class TimedIterator:
     """At most `limit` batches, with all their windows; counts samples, events and seconds spent waiting for them."""
 
-    def __init__(self, batches: Iterator[PrefixBatch | RankingBatch], limit: int) -> None:
+    def __init__(self, batches: Iterator[Batch], limit: int) -> None:
         self.batches, self.left = batches, limit
         self.handed_out: deque[HandedOut] = deque()  # batches whose step has not ended yet
         self._reset()
@@ -285,7 +259,7 @@ class TimedIterator:
     def __iter__(self) -> TimedIterator:
         return self
 
-    def __next__(self) -> PrefixBatch | RankingBatch:
+    def __next__(self) -> Batch:
         if self.left <= 0:
             raise StopIteration
         start = time.perf_counter()

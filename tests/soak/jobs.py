@@ -112,8 +112,7 @@ def store_jobs(lab: Lab) -> list[Job]:
     def shown() -> Path:
         return lab.made("shown", lab.create("store"), _impressions(lab, "[action]"))
 
-    where = ["data=files", f"data.store={lab.trial}/store"]
-    vacuum = verb("ingest", *where, "data.ingest.mode=vacuum", "data.ingest.retention_hours=0")
+    vacuum = verb("ingest", "vacuum", f"store={lab.trial}/store", "retention_hours=0")
     overwrite = lab.create("store", "data.ingest.overwrite=true", "data.ingest.num_buckets=3")
     taken = "the same bytes were taken before"
     calls = [
@@ -157,12 +156,12 @@ def score_full(lab: Lab, then: Call | None = None) -> Call:
 
 def score_incremental(lab: Lab, then: Call | None = None) -> Call:
     where = [*_settings(lab.run, lab.trial), f"store={lab.trial}/store"]
-    return verb("score", *where, "mode=incremental", then=then)
+    return verb("score", "incremental", *where, then=then)
 
 
 def score_ranking(lab: Lab, then: Call | None = None) -> Call:
     where = [f"store={lab.ranking}/store", f"candidates={lab.ranking}/lists.parquet", "part_rows=40"]
-    return verb("score", *_settings(lab.ranking / "run", lab.trial), *where, "task=ranking", then=then)
+    return verb("score", "ranking", *_settings(lab.ranking / "run", lab.trial), *where, then=then)
 
 
 def scored_yesterday(lab: Lab) -> Path:
@@ -176,6 +175,6 @@ def _settings(run: Path, trial: Path) -> list[str]:
 
 def _impressions(lab: Lab, context: str) -> Call:
     """The events themselves, taken for impressions of one candidate, rated."""
-    where = ["data=files", f"data.store={lab.trial}/store", "data.ingest.mode=impressions", "data.ingest.threads=1"]
+    where = ["impressions", f"data.store={lab.trial}/store", "data.ingest.threads=1"]
     log = [f"data.impressions.input=[{lab.days[0]}]", "data.impressions.label_columns=[liked]"]
     return verb("ingest", *where, *log, f"data.impressions.context_columns={context}")

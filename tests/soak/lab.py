@@ -11,7 +11,7 @@ from soak.trees import clear
 
 STORE = ["data=files", "data.ingest.context_columns=[action]", "data.ingest.num_buckets=4",
          "data.ingest.row_group_events=60", "data.ingest.threads=1"]  # fmt: skip
-CAUSAL = ["model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"]
+CAUSAL = ["model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"]
 STEADY = ["optim.final_lr_ratio=1", "run.checkpoint_every=4"]  # no schedule: more steps change no step before
 DAY_S = 86_400
 
@@ -68,8 +68,7 @@ class Lab:
 
     def append(self, name: str, then: Call | None = None) -> Call:
         """Append of day 1 to trial/NAME."""
-        where = [f"data.store={self.trial}/{name}", "data.ingest.mode=append", "data.ingest.threads=1"]
-        return verb("ingest", "data=files", *where, f"data.ingest.input=[{self.days[1]}]", then=then)
+        return verb("ingest", "append", f"store={self.trial}/{name}", "threads=1", f"input=[{self.days[1]}]", then=then)
 
     def made(self, name: str, *calls: Call) -> Path:
         """What the calls leave in an empty trial folder, one after another; kept under a name, and made once."""

@@ -61,7 +61,7 @@ def state_targets(lab: Lab) -> list[Target]:
     out = lab.trial / "out"
     readers = [
         _verify(f"store={lab.trial}/store"),
-        Reader("score mode=incremental", score_incremental(lab, then=partial(_lists, out))),
+        Reader("score incremental", score_incremental(lab, then=partial(_lists, out))),
     ]
     return [Target(scored_yesterday(lab), ["store/states/**/*"], readers)]
 

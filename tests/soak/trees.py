@@ -62,6 +62,6 @@ def figures(run: Path) -> dict[str, Any]:
 
 
 def weights(run: Path) -> Tree:
-    """Digests of the newest checkpoint's tensors, model and optimiser."""
+    """Digests of the newest checkpoint's tensors, model and optimizer."""
     newest = max((run / "checkpoints").glob("step-*[0-9]"))
     return {f"{newest.name}/{name}": digest for name, digest in tree(newest, "*.distcp").items()}

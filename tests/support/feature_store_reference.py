@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.table.store import Store
 
 Event = dict  # user, item, timestamp, optionally event_id, and context columns, raw values

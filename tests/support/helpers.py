@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 
 REPO = Path(__file__).parents[2]
 # Small enough that 50 steps take seconds, dropout off so that losses can be compared across ranks.
 SMALL_TRAIN = [
     "model.width=16", "model.experts=4", "model.dropout=0", "memory.num_keys=16", "data.max_history=32",
-    "model.attention=bidirectional", "data.targets=sampled", "data.prefixes_per_user=2",
+    "model.tower=elastic", "data.targets=sampled", "data.prefixes_per_user=2",
     "optim.global_batch_size=16", "optim.warmup_steps=5",
     "optim.table_lr=0.2", "optim.dense_lr=0.005", "run.log_every=1",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from elastic_rec.pipeline.config.training import ParallelConfig
+from elastic_rec.pipeline.config.parallel import ParallelConfig
 from elastic_rec.pipeline.runtime import interrupts
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World, run_in_world

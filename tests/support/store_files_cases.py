@@ -11,7 +11,7 @@ from test_impressions import config_of, random_impressions
 from test_user_states import fold_store
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.store import Store
 
@@ -27,7 +27,7 @@ def add_impressions(store: Store, folder: Path, *, seed: int = 1) -> None:
 
 def add_day(store: Store, folder: Path, *, seed: int = 9) -> Store:
     day = write_events(folder / f"day-{seed}.parquet", random_events(60, seed=seed))
-    append(IngestConfig(mode="append", input=[day], out=str(store.path), threads=1))
+    append(AppendConfig(input=[day], store=str(store.path), threads=1))
     return Store.open(store.path)
 
 

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from test_spark import QUICK
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.store import Store
@@ -41,7 +42,7 @@ def main(inputs: Path, out: Path, *, spark: bool) -> dict:
         digests["spark"] = digest(out / "spark", "bucket=*/*.parquet", "vocab/*.parquet")
 
     # The first day again, as another machine wrote it, with a late event and a new one.
-    again = IngestConfig(mode="append", input=[str(inputs / "again.parquet")], out=str(out / "zoned"), threads=1)
+    again = AppendConfig(input=[str(inputs / "again.parquet")], store=str(out / "zoned"), threads=1)
     appended = append(again)
     lists = ImpressionConfig(input=[str(inputs / "shown.parquet")], label_columns=["click"])
     ingest_impressions(lists, out=str(out / "zoned"))

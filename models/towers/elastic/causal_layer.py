@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.ops.causal_lda import Partial, causal_aggregate, causal_dispatch, combine
-from elastic_rec.models.towers.elastic.config import Reads, Time, TowerConfig
+from elastic_rec.models.towers.config import Reads, Time, TowerConfig
 from elastic_rec.models.towers.elastic.layer import FeedForward
 from elastic_rec.models.towers.elastic.timeline import Readings, Timeline
 

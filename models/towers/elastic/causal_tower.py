@@ -12,29 +12,15 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from elastic_rec.models.towers.base import SequenceTower, TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.causal_layer import CausalAggregate, CausalStack, Depth
-from elastic_rec.models.towers.elastic.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.memory import InterestMemory, Seeds
-from elastic_rec.models.towers.elastic.moments import Moments, RunningMoments, moments_of
+from elastic_rec.models.towers.elastic.moments import RunningMoments, moments_of
 from elastic_rec.models.towers.elastic.pieces import in_pieces
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import Fingerprint, UserState, check_state, num_kept
 from elastic_rec.models.towers.elastic.timeline import Timeline
-
-
-class CausalOutput(NamedTuple):
-    """interests (B, K, D), normalised, one row per expert, after all events; summary (B, D), the output of the user's
-    newest event; tokens (T, D), the output of each event (None unless asked for); a user's last one is its summary;
-    moments, of all events (towers/elastic/moments.py).
-
-    A user without any event has the mean of the seeds' interests as its newest event, and moments of zeros.
-    """
-
-    interests: torch.Tensor
-    summary: torch.Tensor
-    tokens: torch.Tensor | None
-    moments: Moments
-
 
 # TorchRec traces the tower's forward. A wrapped function is one step of the trace, and may look at sizes and values.
 build_timeline = Timeline.build
@@ -89,7 +75,7 @@ class Gap(nn.Module):
 class Summarised(NamedTuple):
     """The output, and the newest event of each row of it before the output's norm (B, D)."""
 
-    output: CausalOutput
+    output: TowerOutput
     newest_BD: torch.Tensor
 
 
@@ -119,23 +105,25 @@ class CausalSummary(nn.Module):
         else:
             outputs_XD = self.mix(self.norm(rows_XD))
             summary_BD, tokens_TD = outputs_XD.index_select(0, row_B), outputs_XD[:T] if every else None
-        return Summarised(CausalOutput(self.norm(end_BKD), summary_BD, tokens_TD, moments_of(moments_Brf)), newest_BD)
+        return Summarised(TowerOutput(self.norm(end_BKD), summary_BD, tokens_TD, moments_of(moments_Brf)), newest_BD)
 
 
-class CausalTower(nn.Module):
-    """forward(tokens_TD, offsets_B1, times_s_T) -> CausalOutput; step(..., state) -> (CausalOutput, UserState).
+class CausalTower(SequenceTower):
+    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput; step(..., state) -> (TowerOutput, UserState).
 
     times_s_T: int64 seconds, in order within a user. `memory` is an InterestMemory or None. every=False leaves out
     the output's `tokens` and most of the last layer: for who wants the users' summary and interests only.
     TorchRec traces both (the tower owns the memory's bank): sub-module calls and indexing only.
     """
 
+    is_causal = has_states = has_memory = True
+
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
         self.config, self.memory_config = config, memory
         self.gap = Gap(config)
         self.first = CausalAggregate(config, 0)
-        self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
+        self.memory = InterestMemory(config, memory, causal=True, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else Seeds(config)
         self.stack = CausalStack(config)
         self.moments, self.summary = RunningMoments(config), CausalSummary(config)
@@ -148,14 +136,14 @@ class CausalTower(nn.Module):
         times_s_T: torch.Tensor,
         every: bool = True,
         readings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> CausalOutput:
+    ) -> TowerOutput:
         if readings is None:
             return self.encode(tokens_TD, offsets_B1, times_s_T, None, every)[0]
         return self.run(tokens_TD, offsets_B1, times_s_T, None, False, readings)[0]
 
     def encode(
         self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None, every
-    ) -> tuple[CausalOutput, UserState | None]:
+    ) -> tuple[TowerOutput, UserState | None]:
         """Without a state, users start from nothing and none is made."""
         # Pieces where nothing is kept for a backward pass. Not on several ranks with a memory: its sharded lookups are
         # collective, and ranks would differ in how many pieces they have.
@@ -166,7 +154,7 @@ class CausalTower(nn.Module):
 
     def run(
         self, tokens_TD, offsets_B1, times_s_T, state: UserState | None, every: bool, readings=None
-    ) -> tuple[CausalOutput, UserState | None]:
+    ) -> tuple[TowerOutput, UserState | None]:
         """All events at once."""
         timeline = build_timeline(offsets_B1, times_s_T, self.config.chunk, state, readings)
         moments_Brf = self.moments(tokens_TD, timeline)
@@ -195,7 +183,7 @@ class CausalTower(nn.Module):
         times_s_T: torch.Tensor,
         state: UserState,
         every: bool = True,
-    ) -> tuple[CausalOutput, UserState]:
+    ) -> tuple[TowerOutput, UserState]:
         """New events of a batch of users (none for some) -> the output after them, and the next states.
 
         Equal to one pass over all events, for any cut. Gradients run into the state it was given: `state.detach()`

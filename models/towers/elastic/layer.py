@@ -19,7 +19,7 @@ from torch import nn
 from elastic_rec.models.dropout import Dropout
 from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import lda_aggregate, lda_dispatch
-from elastic_rec.models.towers.elastic.config import TowerConfig
+from elastic_rec.models.towers.config import TowerConfig
 
 
 class FeedForward(nn.Sequential):

@@ -27,7 +27,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.product_key import product_key_topk
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import Aggregate
 
 if TYPE_CHECKING:
@@ -135,9 +135,15 @@ class InterestMemory(nn.Module):
     device: where the bank is made ("meta": when it is sharded); everything else is made on the CPU.
     """
 
-    def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        config: TowerConfig,
+        memory: MemoryConfig,
+        *,
+        causal: bool = False,
+        device: torch.device | str | None = None,
+    ):
         super().__init__()
-        causal = config.attention is Attention.causal
         self.select = CausalSlotSelector(config, memory) if causal else SlotSelector(config, memory)
         self.bank = EmbeddingCollection(
             tables=[

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.ops.causal_lda.scan import linear_scan
-from elastic_rec.models.towers.elastic.config import TowerConfig
+from elastic_rec.models.towers.config import TowerConfig
 from elastic_rec.models.towers.elastic.timeline import Timeline
 
 

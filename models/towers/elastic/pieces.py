@@ -19,7 +19,8 @@ from elastic_rec.models.towers.elastic.moments import Moments
 from elastic_rec.models.towers.elastic.state import UserState
 
 if TYPE_CHECKING:
-    from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower
+    from elastic_rec.models.towers.base import TowerOutput
+    from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 
 PIECE = {"cpu": 1 << 14, "cuda": 1 << 19}  # events; a pass takes 4 ms on a CPU whatever it holds, 5 % of a piece's time
 
@@ -60,7 +61,7 @@ def in_pieces(
     times_s_T: torch.Tensor,
     state: UserState | None,
     every: bool,
-) -> tuple[CausalOutput, UserState | None]:
+) -> tuple[TowerOutput, UserState | None]:
     """The same as `tower.run`."""
     chunk = tower.config.chunk
     per_user = chunk if state is None else 3 * chunk  # boundaries; with a state the events kept in it as well

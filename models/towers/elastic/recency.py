@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.models.jagged import TileLayout
-from elastic_rec.models.towers.elastic.config import Time, TowerConfig
+from elastic_rec.models.towers.config import Time, TowerConfig
 
 NUM_EXACT = 16  # the newest events get a bucket each; behind them two buckets per doubling
 NUM_POSITION_BUCKETS = NUM_EXACT + 2 * 20  # up to 16 * 2^20 events, older ones share the last bucket

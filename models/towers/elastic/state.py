@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from elastic_rec.models.ops.causal_lda import Partial
-from elastic_rec.models.towers.elastic.config import TowerConfig
+from elastic_rec.models.towers.config import TowerConfig
 
 VERSION = 2
 MAGIC = b"elastic\0"

@@ -7,29 +7,15 @@ Paper form (bidirectional): every event may see later ones of the same prefix, s
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from elastic_rec.models.jagged import TileLayout
-from elastic_rec.models.towers.elastic.causal_tower import CausalTower
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
+from elastic_rec.models.towers.base import SequenceTower, TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import LDAStack
 from elastic_rec.models.towers.elastic.memory import InterestMemory, Seeds
 from elastic_rec.models.towers.elastic.recency import Recency
-from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig
-
-
-class TowerOutput(NamedTuple):
-    """interests (B, K, D), normalised, one row per expert; summary (B, D), all of them as one vector.
-
-    tokens: None; the causal tower's output has (T, D) there, one output per event (causal_tower.CausalOutput).
-    """
-
-    interests: torch.Tensor
-    summary: torch.Tensor
-    tokens = None
 
 
 @torch.fx.wrap
@@ -52,12 +38,14 @@ class Summary(nn.Module):
         return TowerOutput(interests_BKD, self.mix(interests_BKD.mean(1)))
 
 
-class ElasticTower(nn.Module):
+class ElasticTower(SequenceTower):
     """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput. every: must stay False here, see CausalTower.
 
     `memory` is an InterestMemory, or None when switched off: experts then start from learned seeds alone.
     TorchRec traces this forward (it owns the memory's bank): sub-module calls and indexing only.
     """
+
+    has_memory = True
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
@@ -71,23 +59,8 @@ class ElasticTower(nn.Module):
         self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = False
     ) -> TowerOutput:
         if every:
-            raise ValueError("an output at every event would see later ones: set tower attention = causal")
+            raise ValueError("an output at each event would see later ones: set model.tower=elastic_causal")
         layout = tile(tokens_TD, offsets_B1)
         tokens_TD = self.recency(tokens_TD, times_s_T, layout)
         experts_BKD = self.seeds(layout.num_users) if self.memory is None else self.memory(tokens_TD, layout)
         return self.summary(self.stack(tokens_TD, experts_BKD, layout))
-
-
-def build_tower(
-    config: TowerConfig, memory: MemoryConfig, *, max_history: int = 200, device: torch.device | str | None = None
-) -> ElasticTower | CausalTower | Sasrec:
-    """The tower that `config.attention` names; one interface, but `step` is the causal one's.
-
-    max_history: the longest history it will see, which only SASRec's learned positions depend on."""
-    if config.attention is Attention.full:
-        if memory.enabled:
-            raise ValueError("model.attention=full (SASRec) has no interest memory: set memory.enabled=false")
-        shared = {name: getattr(config, name) for name in ("width", "heads", "layers", "ffn_multiple", "dropout")}
-        return Sasrec(SasrecConfig(**shared, max_history=max_history))
-    kind = CausalTower if config.attention is Attention.causal else ElasticTower
-    return kind(config, memory, device=device)

@@ -15,15 +15,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elastic_rec.models.towers.elastic.causal_tower import CausalOutput, CausalTower
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.base import TowerOutput
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import UserState
 
 Window = tuple[int, int]  # number, how many
 
 
 class WindowedTower(CausalTower):
-    """forward(tokens_TD, offsets_B1, times_s_T, every, window) -> CausalOutput, after this window and those before it.
+    """forward(tokens_TD, offsets_B1, times_s_T, every, window) -> TowerOutput, after this window and those before it.
 
     The windows of a batch of users must come in order; window 0 starts anew. The same parameters as CausalTower.
     """
@@ -40,7 +41,7 @@ class WindowedTower(CausalTower):
         times_s_T: torch.Tensor,
         every: bool = True,
         window: Window = (0, 1),
-    ) -> CausalOutput:
+    ) -> TowerOutput:
         state = self.begin(offsets_B1, window)
         return self.keep(self.encode(tokens_TD, offsets_B1, times_s_T, state, every), window)
 
@@ -73,7 +74,7 @@ class KeepState(nn.Module):
         self.state: UserState | None = None
         self.following = 0
 
-    def forward(self, step: tuple[CausalOutput, UserState], window: Window) -> CausalOutput:
+    def forward(self, step: tuple[TowerOutput, UserState], window: Window) -> TowerOutput:
         number, count = window
         is_last = number + 1 == count
         self.state, self.following = (None, 0) if is_last else (step[1].detach(), number + 1)

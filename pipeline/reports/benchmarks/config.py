@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.reports.benchmarks.contestants import CONTESTANTS, MODES
 from elastic_rec.pipeline.reports.benchmarks.far_back_set import FarBackConfig
 from elastic_rec.pipeline.reports.benchmarks.store_config import StoreBenchmarkConfig

@@ -5,7 +5,7 @@ given, and looking them up is a contestant of its own, the bare gather.
 
 inference: torch.inference_mode, eval mode.
 training:  forward, a loss on what the form is trained by (every event's output; the paper form: the summary), backward
-           into weights and events. No optimiser step.
+           into weights and events. No optimizer step.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, TowerConfig
-from elastic_rec.models.towers.elastic.tower import build_tower
-from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig, naive, sdpa
+from elastic_rec.models.towers.base import build_tower
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.sasrec import Sasrec, naive, sdpa
 
 MODES = ("inference", "training")
 GATHER, SASREC = "gather", "sasrec"
@@ -58,19 +58,15 @@ class Arena:
         torch.manual_seed(self.seed)
         if name == GATHER:
             return self._gather(mode, events)
-        config = self.model
-        form, every = replace(config, attention=Attention.bidirectional), {}
-        if name == "elastic_causal":
-            form, every = replace(config, attention=Attention.causal), {"every": mode == "training"}
         if name in ELASTIC:
-            model = build_tower(form, self.memory)
+            config = replace(self.model, tower=name)
+            model, every = build_tower(config, self.memory), config.kind.is_causal and mode == "training"
         else:
-            shape = {key: getattr(config, key) for key in ("width", "heads", "layers", "ffn_multiple", "dropout")}
-            model = Sasrec(SasrecConfig(**shape, max_history=events), attention=naive if name == "naive" else sdpa)
-            every = {"every": name != "sasrec_newest"}
+            attention = naive if name == "naive" else sdpa
+            model, every = Sasrec(self.model, max_history=events, attention=attention), name != "sasrec_newest"
         return self._encode(model, mode, events, every)
 
-    def _encode(self, model: nn.Module, mode: str, events: int, every: dict[str, bool]) -> Callable[[], None]:
+    def _encode(self, model: nn.Module, mode: str, events: int, every: bool) -> Callable[[], None]:
         model = model.to(self.device).train(mode == "training")
         tokens_TD = torch.randn(events, self.model.width).to(self.device)
         offsets_B1 = torch.tensor([0, events], device=self.device)
@@ -78,19 +74,19 @@ class Arena:
 
         @torch.inference_mode()
         def infer() -> None:
-            model(tokens_TD, offsets_B1, times_s_T, **every)
+            model(tokens_TD, offsets_B1, times_s_T, every)
 
         def train() -> None:
             model.zero_grad(set_to_none=True)
             tokens_TD.grad = None
-            output = model(tokens_TD.requires_grad_(True), offsets_B1, times_s_T, **every)
+            output = model(tokens_TD.requires_grad_(True), offsets_B1, times_s_T, every)
             (output.summary if output.tokens is None else output.tokens).square().mean().backward()
 
         return train if mode == "training" else infer
 
     def _gather(self, mode: str, events: int) -> Callable[[], None]:
         """Other events at each call, or a short history would be read from the processor's cache.
-        Training: gather and sparse gradient; adding it to the table is the optimiser's."""
+        Training: gather and sparse gradient; adding it to the table is the optimizer's."""
         calls = max(2, 2**20 // events)
         ids = cycle(torch.randint(0, self.gather_rows, (calls, events)).to(self.device).unbind(0))
         grad_TD = torch.ones(events, self.model.width, device=self.device)

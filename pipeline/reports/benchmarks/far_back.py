@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from elastic_rec.feature_store.utils.atomic_write import write_json, write_text
-from elastic_rec.models.towers.elastic.config import Attention, MemoryConfig, Time, TowerConfig
-from elastic_rec.models.towers.elastic.tower import build_tower
+from elastic_rec.models.towers.base import build_tower
+from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.windows import WindowedTower
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.reports.benchmarks.far_back_set import FarBackConfig, draw
@@ -41,7 +41,7 @@ class Guesser(nn.Module):
 
     def __init__(self, far: FarBackConfig, tower: TowerConfig, memory: MemoryConfig):
         super().__init__()
-        self.carries = tower.attention is Attention.causal
+        self.carries = tower.kind.has_states
         self.items = nn.Embedding(far.num_items, tower.width)
         nn.init.normal_(self.items.weight, std=0.5 * tower.width**-0.5)
         self.norm = nn.LayerNorm(tower.width)
@@ -71,7 +71,7 @@ def train(
     torch.manual_seed(config.seed)
     far, generator = config.far_back, torch.Generator().manual_seed(config.seed)
     guesser = Guesser(far, tower, memory)
-    optimiser = torch.optim.Adam(guesser.parameters(), far.learning_rate)
+    optimizer = torch.optim.Adam(guesser.parameters(), far.learning_rate)
     guesser.to(device).train()
     start, nearest = time.perf_counter(), min(64, farthest)
     for step in range(far.steps):
@@ -79,9 +79,9 @@ def train(
         distance = int(16 * (limit / 16) ** float(torch.rand((), generator=generator)))
         questions = draw(far, max(16, far.step_events // distance), distance, generator)
         loss = F.cross_entropy(guesser(questions.items_BN.to(device)), questions.targets_B.to(device))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         if step % 50 == 0 or step + 1 == far.steps:
             say(f"  step {step}  distance {distance:,}  loss {loss:.3f}  {time.perf_counter() - start:.0f} s")
     return guesser.eval()
@@ -117,8 +117,8 @@ def evaluate(
 
 def compete(config: BenchmarkConfig, device: str, say: Callable[[str], None]) -> Iterator[Hits]:
     far, memory = config.far_back, config.memory
-    causal = replace(config.model, attention=Attention.causal, time=Time.none)
-    full, off = replace(causal, attention=Attention.full), replace(memory, enabled=False)
+    causal = replace(config.model, tower="elastic_causal", time=Time.none)
+    full, off = replace(causal, tower="sasrec"), replace(memory, enabled=False)
     within = min(far.train_distance, far.window * 3 // 4)  # with the noise before it, all of a history is in the window
     elastic = train(config, causal, memory, far.train_distance, device, say)
     sasrec = train(config, full, off, within, device, say)

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import torch
 
 from elastic_rec.feature_store.batches.prefix_batch import features_of
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.schema import ITEM, TIMESTAMP, leaf_path
 from elastic_rec.feature_store.table.store import Store

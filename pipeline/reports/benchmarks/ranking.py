@@ -19,7 +19,6 @@ from elastic_rec.models.ranking.config import RankingConfig
 from elastic_rec.models.ranking.histories import CAUSAL_VIEWS, CausalHistory
 from elastic_rec.models.ranking.model import Heads, Together
 from elastic_rec.models.ranking.target_attention import EventReader
-from elastic_rec.models.towers.elastic.config import Attention
 from elastic_rec.models.towers.elastic.state import UserState
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.reports.benchmarks.ranking_report import Cell, judge, last_figures, write
@@ -35,7 +34,7 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
     """Measures, writes OUT/ranking.{json,md}; returns (figures for the last line, missed targets)."""
     if device != "cpu":
         raise ConfigError("suite=ranking reads a CPU's clock: set device=cpu")
-    config.model = replace(config.model, attention=Attention.causal)
+    config.model = replace(config.model, tower="elastic_causal")
     if config.threads:
         torch.set_num_threads(config.threads)
     record = Record(

@@ -17,10 +17,9 @@ from pathlib import Path
 import torch
 
 from elastic_rec.feature_store.utils.progress import peak_memory_bytes
+from elastic_rec.models.towers.base import build_tower
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
-from elastic_rec.models.towers.elastic.config import Attention
 from elastic_rec.models.towers.elastic.state import UserState
-from elastic_rec.models.towers.elastic.tower import build_tower
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
 from elastic_rec.pipeline.reports.benchmarks.record import Record
 from elastic_rec.pipeline.reports.benchmarks.streaming_report import Fold, Pass, judge, last_figures, write
@@ -34,7 +33,7 @@ def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str],
     """Measures, writes OUT/streaming.{json,md}; returns (figures for the last line, missed targets)."""
     if device != "cpu":
         raise ConfigError("suite=streaming watches the memory of a process, not of a GPU: set device=cpu")
-    config.model = replace(config.model, attention=Attention.causal)
+    config.model = replace(config.model, tower="elastic_causal")
     if config.threads:
         torch.set_num_threads(config.threads)
     record = Record(

@@ -28,9 +28,9 @@ import torch.distributed as dist
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.table.vocabulary import FIRST, PAD, UNKNOWN
 from elastic_rec.feature_store.utils.jagged import span_indices
+from elastic_rec.pipeline.tasks.next_item.data import NextItemData
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import tie_order
 from elastic_rec.pipeline.tasks.next_item.targets import held_out_targets
-from elastic_rec.pipeline.tasks.next_item.task import NextItemTask
 from elastic_rec.pipeline.tasks.next_item.transition_counts import TransitionCounts, count_transitions
 
 TILE_PAIRS = 1 << 21
@@ -246,7 +246,7 @@ def shares(tile: Tile, half_life: float) -> torch.Tensor:
     return weight_T / sum_R[tile.owner_T]
 
 
-def fit_baselines(task: NextItemTask, *, batch_size: int, exclude_seen: bool) -> list[Baseline]:
+def fit_baselines(task: NextItemData, *, batch_size: int, exclude_seen: bool) -> list[Baseline]:
     """Counts the training events and fits half-life and weight on validation targets. Collective; the same on every
     rank. batch_size: users read at a time, over all ranks. exclude_seen: as in Baseline.rank_targets."""
     counts = count_transitions(task, batch_size=batch_size)
@@ -266,7 +266,7 @@ def fit_baselines(task: NextItemTask, *, batch_size: int, exclude_seen: bool) ->
 
 
 def _validation_gain(
-    task: NextItemTask, counts: TransitionCounts, *, batch_size: int, exclude_seen: bool
+    task: NextItemData, counts: TransitionCounts, *, batch_size: int, exclude_seen: bool
 ) -> torch.Tensor:
     """(half-lives, weights + 1) float64: sum of NDCG@10 over validation targets; the last column is frequency alone."""
     model, device = MarkovFrequency(counts, half_life=1, weight=1), task.world.device

@@ -3,6 +3,7 @@ evaluation.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.feature_store.utils.jagged import span_indices
 from elastic_rec.pipeline.config.data import Seen
@@ -18,16 +20,16 @@ from elastic_rec.pipeline.runtime.finite import require_finite
 from elastic_rec.pipeline.runtime.sharding import local_rows
 from elastic_rec.pipeline.runtime.world import World
 from elastic_rec.pipeline.tasks.next_item.baselines import Baseline
-from elastic_rec.pipeline.tasks.next_item.metrics import MISS, Coverage, RankingMetrics
+from elastic_rec.pipeline.tasks.next_item.data import NextItemData
+from elastic_rec.pipeline.tasks.next_item.metrics import MISS, Coverage, RetrievalMetrics
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import ShardedCatalogue
 from elastic_rec.pipeline.tasks.next_item.targets import KINDS, HeldOut, held_out_targets
-from elastic_rec.pipeline.tasks.next_item.task import NextItemTask, query_windows
 
 NEW = KINDS.index("new")
 
 
 def evaluate(
-    task: NextItemTask,
+    task: NextItemData,
     model: nn.Module,
     *,
     stage: str,
@@ -56,7 +58,7 @@ def evaluate(
             frequent_V = frequent_items(task, min_item_count)
             frequent = open_catalogue(model, world, frequent_V)
         for histories, windows in task.held_out(stage, batch_size=batch_size):
-            query_RD, _ = query_windows(model, windows, world.device)
+            query_RD = query_windows(model, windows, world.device)
             require_finite(query_RD, "the query", row_name=user_namer(task, histories))
             held = held_out_targets(histories, task.config.data.split, stage)
             target_R = torch.from_numpy(held.item).to(world.device)
@@ -78,7 +80,7 @@ def evaluate(
 
 
 def measure_baselines(
-    task: NextItemTask,
+    task: NextItemData,
     baselines: list[Baseline],
     *,
     stage: str,
@@ -89,7 +91,7 @@ def measure_baselines(
 ) -> dict[str, dict[str, Any]]:
     """The main figures of each baseline by its name: the users, targets and candidates of `evaluate`. Collective."""
     device = task.world.device
-    of_each = [RankingMetrics(k=k, length_edges=length_edges, device=device) for _ in baselines]
+    of_each = [RetrievalMetrics(k=k, length_edges=length_edges, device=device) for _ in baselines]
     for histories in task.histories(batch_size=batch_size):
         held = held_out_targets(histories, task.config.data.split, stage)
         for baseline, metrics in zip(baselines, of_each, strict=True):
@@ -112,7 +114,7 @@ class ByPolicy:
     """The figures of one ranking under seen=keep and under seen=exclude."""
 
     def __init__(self, **settings) -> None:
-        self.metrics = {seen: RankingMetrics(**settings) for seen in (Seen.keep, Seen.exclude)}
+        self.metrics = {seen: RetrievalMetrics(**settings) for seen in (Seen.keep, Seen.exclude)}
 
     def update(self, rank_all_R: torch.Tensor, rank_unseen_R: torch.Tensor, held: HeldOut) -> None:
         """(R,) int64 ranks on the device, as ShardedCatalogue.rank_targets gives them."""
@@ -136,7 +138,14 @@ def _ranked(held: HeldOut, device: torch.device, *values_B: np.ndarray) -> list[
     return [torch.from_numpy(value_B[held.ranked]).to(device) for value_B in values_B]
 
 
-def frequent_items(task: NextItemTask, min_item_count: int) -> torch.Tensor:
+def query_windows(model: nn.Module, windows: Iterator[PrefixBatch], device: torch.device) -> torch.Tensor:
+    """(R, D) the users' queries after all windows, one of which is on the device at a time. Collective."""
+    for batch in windows:
+        query_RD = model.query(batch.to(device))
+    return query_RD
+
+
+def frequent_items(task: NextItemData, min_item_count: int) -> torch.Tensor:
     """(V,) bool: the items that occur in the store at least so often."""
     counts_V = task.store.vocabulary("item").counts[: task.num_items]
     frequent_V = torch.from_numpy(counts_V >= min_item_count).to(task.world.device)
@@ -144,7 +153,7 @@ def frequent_items(task: NextItemTask, min_item_count: int) -> torch.Tensor:
     return frequent_V
 
 
-def user_namer(task: NextItemTask, histories: Histories):
+def user_namer(task: NextItemData, histories: Histories) -> Callable[[int], str]:
     """Names the user of a query, for an error."""
     return lambda row: f"the row of user {task.store.user_ids(histories.rows[row : row + 1])[0].as_py()!r}"
 

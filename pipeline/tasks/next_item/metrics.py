@@ -14,7 +14,7 @@ from elastic_rec.pipeline.tasks.next_item.targets import KINDS
 MISS = torch.iinfo(torch.int64).max  # the rank of a target that no list holds, however long
 
 
-class RankingMetrics:
+class RetrievalMetrics:
     """Sums of per-user figures; one target per user, so recall@k = HR@k and ideal DCG = 1.
 
     length_edges [20, 50] makes the buckets 0-19, 20-49, 50+ (events before the target).

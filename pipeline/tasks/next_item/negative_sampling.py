@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from elastic_rec.feature_store.table.vocabulary import FIRST
-from elastic_rec.pipeline.config.training import LossConfig
+from elastic_rec.pipeline.config.train import LossConfig
 
 
 class FullCandidates:

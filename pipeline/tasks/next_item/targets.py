@@ -22,7 +22,7 @@ from elastic_rec.feature_store.table.vocabulary import UNKNOWN
 from elastic_rec.feature_store.utils.jagged import span_indices
 from elastic_rec.pipeline.config.data import Seen
 from elastic_rec.pipeline.runtime.errors import ConfigError
-from elastic_rec.pipeline.tasks.next_item.task import NextItemTask
+from elastic_rec.pipeline.tasks.next_item.data import NextItemData
 
 KINDS = ("repeat_recent", "repeat_far", "new")
 RECENT = 64  # newest events before a target
@@ -95,7 +95,7 @@ class Survey:
         return self.repeats / max(self.train, 1)
 
 
-def survey(task: NextItemTask) -> Survey:
+def survey(task: NextItemData) -> Survey:
     """One pass over the store, each rank its share. Collective."""
     counts, by_events = np.zeros(4, np.int64), np.zeros(COUNTED + 1, np.int64)
     times = [np.array([np.iinfo(np.int64).max, np.iinfo(np.int64).max])]  # first, -last
@@ -119,7 +119,7 @@ def survey(task: NextItemTask) -> Survey:
     return Survey(*sums[:4].tolist(), sums[4:].tolist(), int(first_last[0]), -int(first_last[1]))
 
 
-def require_targets(task: NextItemTask, found: Survey, stages: list[str]) -> None:
+def require_targets(task: NextItemData, found: Survey, stages: list[str]) -> None:
     """Raises ConfigError where a stage has no target, with what the store has instead."""
     for stage in stages:
         if getattr(found, stage) == 0:
@@ -129,7 +129,7 @@ def require_targets(task: NextItemTask, found: Survey, stages: list[str]) -> Non
 _NAMES = {"train": "training", "valid": "validation", "test": "test"}
 
 
-def _why(task: NextItemTask, found: Survey) -> str:
+def _why(task: NextItemData, found: Survey) -> str:
     names = [*(str(number) for number in range(COUNTED)), f"{COUNTED} or more"]
     users = ", ".join(f"{users} with {name}" for name, users in zip(names, found.users_by_events, strict=True) if users)
     split = task.config.data.split
@@ -144,14 +144,14 @@ def _why(task: NextItemTask, found: Survey) -> str:
     return f"its users by events are {users}; {need}"
 
 
-def resolve_seen(task: NextItemTask, asked: Seen, found: Survey | None = None) -> Seen:
+def resolve_seen(task: NextItemData, asked: Seen, found: Survey | None = None) -> Seen:
     """keep or exclude; what `auto` comes to is said aloud. found: of this store, where there is one. Collective."""
     if asked is not Seen.auto:
         return asked
     share = (found or survey(task)).repeat_share
     choice = Seen.exclude if share < FEW_REPEATS else Seen.keep
     what = "left out of" if choice is Seen.exclude else "kept in"
-    task.world.say(
+    task.world.log(
         f"seen=auto: {share:.1%} of the training targets repeat an item of their user, so items already seen are "
         f"{what} lists and figures (seen={choice.value}); {FEW_REPEATS:.0%} is the bound, data.seen=keep or exclude "
         "overrides it"

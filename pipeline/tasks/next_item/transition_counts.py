@@ -19,7 +19,7 @@ from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.splits import split_bounds
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.pipeline.runtime.world import World, of_each_rank
-from elastic_rec.pipeline.tasks.next_item.task import NextItemTask
+from elastic_rec.pipeline.tasks.next_item.data import NextItemData
 
 MAX_PAIRS = 1 << 24  # 256 MiB of keys and counts
 MERGE_AT = 1 << 22  # new transitions that wait for being merged
@@ -82,7 +82,7 @@ class PairCounter:
         self.lost_up_to += rarest
 
 
-def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = MAX_PAIRS) -> TransitionCounts:
+def count_transitions(task: NextItemData, *, batch_size: int, max_pairs: int = MAX_PAIRS) -> TransitionCounts:
     """Counts of the training part of task's store. Collective: the same on every rank, for any number of ranks.
 
     Says so where pairs were dropped for memory; then the counts depend on the number of ranks.
@@ -102,7 +102,7 @@ def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = M
     if world.size > 1:
         pairs = _from_all_ranks(pairs, world)
     if pairs.lost_up_to:
-        world.say(
+        world.log(
             f"baselines: more than {max_pairs} different transitions; rare ones are left out, and a count may be up to "
             f"{pairs.lost_up_to} too low"
         )
@@ -111,7 +111,7 @@ def count_transitions(task: NextItemTask, *, batch_size: int, max_pairs: int = M
     )
 
 
-def training_items(task: NextItemTask, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+def training_items(task: NextItemData, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
     """(items of the training events end to end, whether each has a training event of the same user before it)."""
     train_end_B = split_bounds(task.config.data.split, histories).train_end
     owner = np.repeat(np.arange(len(train_end_B)), np.diff(histories.offsets))

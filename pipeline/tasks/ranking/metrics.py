@@ -70,7 +70,7 @@ def _run_starts(*keys: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(True, np.any([key[1:] != key[:-1] for key in keys], axis=0)))
 
 
-class RankingFigures:
+class RankingMetrics:
     """update() with every batch of a stage, then compute(). Both are collective.
 
     length_edges [20, 50]: classes of 0-19, 20-49 and 50+ events seen.

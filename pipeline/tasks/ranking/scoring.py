@@ -1,20 +1,18 @@
 """Batch scoring for ranking: lists of candidates in, a score per candidate and label out, in the input's order.
 
     candidates   Parquet: user_id, item_id (a list, or one item), and optionally timestamp (what the user was then: only
-                 events before it count; none: after all his events; numbers are in timestamp_unit) and the
+                 events before it count; none: after all their events; numbers are in timestamp_unit) and the
                  impressions' context columns
     OUT/part-00003.parquet     user_id, item_id as they came, and a probability per candidate for each label
                                (the rest: score_folder.py)
 
-A part is a stretch of the input's rows and does not depend on the number of ranks; part p goes to rank p modulo ranks.
-Inside a part rows are taken by user, so that a history is read and encoded once however many rows it has there. Ranks
-walk in lockstep, since tables are sharded: one that has run out takes part with padding. A restart skips the parts
-that are there and whole.
+A part has consecutive rows of the input. Inside a part rows are taken by user, so that a history is read and encoded
+once however many rows it has there.
 """
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
+from torch import nn
 
 from elastic_rec.feature_store.batches.impression_batch import Impressions
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
@@ -34,25 +32,25 @@ from elastic_rec.feature_store.reading.impression_groups import count_before
 from elastic_rec.feature_store.reading.lookup import HistoryLookup, bucket_of
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
-from elastic_rec.feature_store.table.vocabulary import Vocabulary
+from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
 from elastic_rec.feature_store.utils.arrow import flat_bags, is_list
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.jagged import Bags, offsets_of, span_indices
 from elastic_rec.feature_store.utils.limits import check_footer
-from elastic_rec.models.ranking.model import RankingModel
-from elastic_rec.pipeline.config.verbs import ScoreConfig
+from elastic_rec.pipeline.config.score import RankingScoreConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World
-from elastic_rec.pipeline.tasks.base import lockstep
 from elastic_rec.pipeline.tasks.ranking.candidate_times import read_times
-from elastic_rec.pipeline.tasks.ranking.task import RankingBatch, RankingTask
+from elastic_rec.pipeline.tasks.ranking.data import RankingBatch, RankingData
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
+from elastic_rec.pipeline.tasks.scoring import ALL, Scoring
 
 MOST_PARTS = 100_000  # part-00000 to part-99999
 
 
-class Part(NamedTuple):
-    """Rows [start, stop) of a row group of a file."""
+class RowRange(NamedTuple):
+    """Rows [start, stop) of a row group of a file: what is in one part of the output."""
 
     number: int
     file: Location
@@ -61,74 +59,65 @@ class Part(NamedTuple):
     stop: int
 
 
-def score_candidates(
-    task: RankingTask, model: RankingModel, *, step: int, fingerprint: str, config: ScoreConfig
-) -> dict:
-    """Score config.candidates into config.out. Collective. Returns figures."""
-    world, began = task.world, time.perf_counter()
-    files, parts = _plan(task, config)
-    settings = {
-        "task": "ranking",
-        "run": str(Path(config.run).resolve()),
-        "step": step,
-        "store": task.store.manifest["hash"],
-        "impressions": task.table.manifest["hash"],
-        "max_history": task.config.data.max_history,
-        "candidates": _described(files, world),
-        "part_rows": config.part_rows,
-        "timestamp_unit": config.timestamp_unit.value,
-        "model": fingerprint,
-    }
-    numbers = [part.number for part in parts]
-    with ScoreFolder(Path(config.out), settings, world=world).writing(numbers) as folder:
-        whole = folder.whole(numbers)
-        todo = [part for part in parts if part.number not in whole]
-        world.say(f"{len(todo)} parts to score, {len(whole)} done before")
-        counts = _score_parts(task, model, folder, todo, config)
-        folder.close(numbers, labels=task.table.labels)
-    seconds = time.perf_counter() - began
-    num_candidates, num_unknown, num_cold = counts
-    return {
-        "out": config.out,
-        "rows": sum(part.stop - part.start for part in parts),
-        "parts": len(parts),
-        "skipped_parts": len(whole),
-        "candidates": num_candidates,
-        "unknown_candidates": num_unknown,
-        "rows_without_history": num_cold,
-        "seconds": round(seconds, 2),
-        "candidates_per_s": round(num_candidates / seconds, 1),
-    }
+class RankingScoring(Scoring):
+    """A score for each candidate of config.candidates."""
+
+    command, config_type = "ranking", RankingScoreConfig
+
+    def __init__(
+        self, task: RankingData, model: nn.Module, *, step: int, fingerprint: str, config: RankingScoreConfig
+    ) -> None:
+        """Raises ConfigError for candidates that cannot be read."""
+        self.task, self.model, self.config = task, model, config
+        files, ranges = _plan(task, config)
+        self.ranges = {rows.number: rows for rows in ranges}
+        self.lookup = HistoryLookup(task.store, columns=task.columns)
+        self.numbers = list(self.ranges)
+        self.settings = {
+            "task": "ranking",
+            "run": str(Path(config.run).resolve()),
+            "step": step,
+            "store": task.store.manifest["hash"],
+            "impressions": task.table.manifest["hash"],
+            "max_history": task.config.data.max_history,
+            "candidates": _described(files, task.world),
+            "part_rows": config.part_rows,
+            "timestamp_unit": config.timestamp_unit.value,
+            "model": fingerprint,
+        }
+        self.manifest = {"labels": task.table.labels}
+
+    @staticmethod
+    def run_config(run: TrainConfig, config: RankingScoreConfig) -> TrainConfig:
+        """With as much of a history as is asked for."""
+        if config.max_history is not None:
+            run.data.max_history = config.max_history or ALL
+        return run
+
+    def part(self, number: int, known: dict | None) -> Requests:
+        """Some rows of the candidates."""
+        return Requests.read(self, self.ranges[number])
+
+    def padding_step(self) -> None:
+        """Scores no candidates. Collective."""
+        self.probabilities(self.task.padding_batch())
+
+    def probabilities(self, batch: RankingBatch) -> np.ndarray:
+        """(C, L) float32 of the batch's candidates. Raises NonFiniteError. Collective."""
+        with torch.no_grad():
+            return torch.sigmoid(torch.from_numpy(self.task.finite_logits(self.model, batch))).numpy()
+
+    def figures(self, *, rows: dict[int, int], scored: list[int], counts: Counter[str], seconds: float) -> dict:
+        """Candidates, and how many a second; those the store does not know, and rows that see no event."""
+        return {
+            "rows": sum(rows.values()),
+            **{name: counts[name] for name in ("candidates", "unknown_candidates", "rows_without_history")},
+            "candidates_per_s": round(counts["candidates"] / seconds, 1),
+        }
 
 
-def _score_parts(
-    task: RankingTask, model: RankingModel, folder: ScoreFolder, todo: list[Part], config: ScoreConfig
-) -> list[int]:
-    """Counts of candidates, unknown ones, and rows without history, over all ranks. Collective."""
-    if todo:
-        folder.begin()
-    world = task.world
-    lookup, counts = HistoryLookup(task.store, columns=task.columns), np.zeros(3, np.int64)
-    for first in range(0, len(todo), world.size):
-        mine = todo[first + world.rank] if first + world.rank < len(todo) else None
-        rows = None if mine is None else Requests.read(mine, task, timestamp_unit=config.timestamp_unit.value)
-        users = iter(()) if rows is None else rows.by_user(config.batch_size)
-        for chosen in lockstep(users, world):
-            batch = task.padding_batch() if chosen is None else rows.batch(chosen, task, lookup)
-            with torch.no_grad():
-                score_CL = torch.sigmoid(torch.from_numpy(task.finite_logits(model, batch))).numpy()
-            if chosen is not None:
-                rows.keep(chosen, score_CL)
-        if mine is not None:
-            folder.commit(mine.number, rows.scored(task.table.labels))
-            counts += rows.counts()
-    total = torch.from_numpy(counts).to(world.device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
-    """(what is known of the input, its parts)."""
+def _plan(task: RankingData, config: RankingScoreConfig) -> tuple[list, list[RowRange]]:
+    """(path, bytes and rows of each input file; the ranges of all). Raises ConfigError."""
     if not config.candidates:
         raise ConfigError(
             f"candidates={config.candidates!r}: a run with task=ranking scores lists of candidates, give a Parquet "
@@ -138,7 +127,7 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
         paths, _ = find_inputs([config.candidates], format="parquet")
     except DataError as error:
         raise ConfigError(f"candidates: {error}") from error
-    files, parts = [], []
+    files, ranges = [], []
     for path in paths:
         try:
             footer = pq.ParquetFile(path.open())
@@ -151,15 +140,16 @@ def _plan(task: RankingTask, config: ScoreConfig) -> tuple[list, list[Part]]:
             )
         absent = sorted(set(task.table.context) - set(footer.schema_arrow.names))
         if absent:
-            task.world.say(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
+            task.world.log(f"candidates: {path.name} has no context column {', '.join(absent)}: scored without")
         files.append([path, path.size(), footer.metadata.num_rows])
         check_footer(f"candidates: {path}", footer.metadata, size_bytes=path.size())
         check_parts(sum(num_rows for *_, num_rows in files), config.part_rows)
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
             for start in range(0, num_rows, config.part_rows):
-                parts.append(Part(len(parts), path, group, start, min(start + config.part_rows, num_rows)))
-    return files, parts
+                stop = min(start + config.part_rows, num_rows)
+                ranges.append(RowRange(len(ranges), path, group, start, stop))
+    return files, ranges
 
 
 def _described(files: list[list], world: World) -> list[list]:
@@ -170,9 +160,11 @@ def _described(files: list[list], world: World) -> list[list]:
 
 @dataclass
 class Requests:
-    """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: number in it.
-    time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `keep`, in the input's order."""
+    """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: index into them.
+    time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `score`, in the input's order."""
 
+    scoring: RankingScoring
+    number: int
     table: pa.Table
     users: list
     user_N: np.ndarray
@@ -183,7 +175,9 @@ class Requests:
     num_cold: int = 0
 
     @staticmethod
-    def read(part: Part, task: RankingTask, *, timestamp_unit: str) -> Requests:
+    def read(scoring: RankingScoring, part: RowRange) -> Requests:
+        """Raises ConfigError or DataError, naming file and rows, for what is no request."""
+        task = scoring.task
         file = pq.ParquetFile(part.file.open())
         names = [name for name in ("timestamp", *task.table.context) if name in file.schema_arrow.names]
         table = file.read_row_group(part.row_group, columns=["user_id", "item_id", *names])
@@ -209,20 +203,27 @@ class Requests:
         time_N = None
         if "timestamp" in names:
             place = f"candidates: {part.file}, row group {part.row_group}"
-            about = {"unit": timestamp_unit, "store": task.store, "where": place, "first_row": part.start + 1}
+            about = {
+                "unit": scoring.config.timestamp_unit.value,
+                "store": task.store,
+                "where": place,
+                "first_row": part.start + 1,
+            }
             time_N = read_times(table["timestamp"], **about)
         scores = np.zeros((len(items), len(task.table.labels)), np.float32)
-        return Requests(table, users, user_N, time_N, candidates, context, scores)
+        return Requests(scoring, part.number, table, users, user_N, time_N, candidates, context, scores)
 
-    def by_user(self, num_users: int) -> Iterator[np.ndarray]:
-        """Rows of so many users at a time, those of a user side by side."""
+    def batches(self) -> Iterator[np.ndarray]:
+        """Indices of rows, of batch_size users at a time, those of a user side by side."""
+        num_users = self.scoring.config.batch_size
         order_N = np.argsort(self.user_N, kind="stable")
         edges = np.searchsorted(self.user_N[order_N], np.arange(0, len(self.users) + num_users, num_users))
         for start, stop in pairwise(edges):
             yield order_N[start:stop]
 
-    def batch(self, chosen: np.ndarray, task: RankingTask, lookup: HistoryLookup) -> RankingBatch:
-        """chosen: rows, as by_user gives them."""
+    def batch(self, chosen: np.ndarray) -> RankingBatch:
+        """chosen: rows, as `batches` gives them."""
+        task, lookup = self.scoring.task, self.scoring.lookup
         first_user = int(self.user_N[chosen[0]])
         group = self.user_N[chosen] - first_user
         is_first = np.append(True, group[1:] != group[:-1])
@@ -253,27 +254,33 @@ class Requests:
             context={name: bags.take(chosen) for name, bags in self.context.items()},
             item_context={name: bags.take(candidates.values) for name, bags in task.table.item_bags.items()},
         )
-        batch = RankingBatch.of(task.mask_new_ids(impressions))
+        batch = RankingBatch.of(task.mask_impressions(impressions))
         if self.time_N is None:
             batch.query_gap_s.fill_(-1)
         return batch
 
-    def keep(self, chosen: np.ndarray, score_CL: np.ndarray) -> None:
+    def score(self, chosen: np.ndarray) -> None:
+        """Scores the candidates of these rows. Collective."""
         offsets = self.candidates.offsets
-        self.score_CL[span_indices(offsets[chosen], np.diff(offsets)[chosen])] = score_CL
+        places_C = span_indices(offsets[chosen], np.diff(offsets)[chosen])
+        self.score_CL[places_C] = self.scoring.probabilities(self.batch(chosen))
 
-    def scored(self, labels: list[str]) -> pa.Table:
+    def commit(self, folder: ScoreFolder) -> None:
+        """Writes ids and scores, in the input's order."""
         columns = {name: self.table[name] for name in ("user_id", "item_id")}
-        for number, label in enumerate(labels):
+        for number, label in enumerate(self.scoring.task.table.labels):
             values = pa.array(np.ascontiguousarray(self.score_CL[:, number]))
             if is_list(self.table["item_id"].type):
                 values = pa.ListArray.from_arrays(pa.array(self.candidates.offsets.astype(np.int32)), values)
             columns[label] = values
-        return pa.table(columns)
+        folder.commit(self.number, pa.table(columns))
 
-    def counts(self) -> np.ndarray:
-        """Candidates, those the store does not know, rows that see no event."""
-        return np.array([len(self.score_CL), (self.candidates.values == 1).sum(), self.num_cold])
+    @property
+    def counts(self) -> Counter[str]:
+        """Complete after the last batch."""
+        num_unknown = int((self.candidates.values == UNKNOWN).sum())
+        num = {"candidates": len(self.score_CL), "unknown_candidates": num_unknown}
+        return Counter(num, rows_without_history=self.num_cold)
 
 
 def _context(table: pa.Table, vocabulary: Vocabulary, where: str) -> Bags:

@@ -83,10 +83,10 @@ def test_movielens_as_ranking(tmp_path):
 
 def test_refusals(tmp_path):
     store = helpers.make_store(tmp_path)
-    code, text = helpers.fail("ingest", "data=files", f"data.store={store}", "data.ingest.mode=impressions")
+    code, text = helpers.fail("ingest", "impressions", f"data.store={store}")
     assert code == 2 and "set data.impressions.input" in text
-    arguments = [f"data.store={store}", "data.ingest.mode=impressions", "data.impressions.input=[x.parquet]"]
-    code, text = helpers.fail("ingest", "data=files", *arguments)
+    arguments = ["impressions", f"data.store={store}", "data.impressions.input=[x.parquet]"]
+    code, text = helpers.fail("ingest", *arguments)
     assert code == 2 and "label_columns is empty" in text
-    code, text = helpers.fail("ingest", "data=files", *arguments, "data.impressions.label_columns=[click]")
+    code, text = helpers.fail("ingest", *arguments, "data.impressions.label_columns=[click]")
     assert code == 2 and "no file matches" in text

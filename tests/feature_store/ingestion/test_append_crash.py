@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 from feature_store_reference import make_store, pick, random_events, reference_histories, stored_histories, write_events
-from helpers import run
+from helpers import fail, run
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.versions import vacuum
@@ -28,7 +28,7 @@ import json, os, signal, sys, time
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.table.versions import vacuum
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime")
 
@@ -41,9 +41,9 @@ def child(trial):
             if seen == trial.get("step"):
                 os.kill(os.getpid(), trial["signal"])
     sys.addaudithook(hook)
-    config = IngestConfig(**trial["config"])
+    settings = trial["config"]
     try:
-        {"append": append, "vacuum": vacuum}[config.mode.value](config)
+        vacuum(**settings) if "retention_hours" in settings else append(AppendConfig(**settings))
     except DataError as error:
         print(error, file=sys.stderr)
         os._exit(2)
@@ -106,7 +106,7 @@ def copy_of(day, path):
     """(the store at `path`, settings of the append, histories before, after)"""
     store, source, before, after = day
     shutil.copytree(store, path)
-    return path, {"mode": "append", "input": [source], "out": str(path), "threads": 1}, before, after
+    return path, {"input": [source], "store": str(path), "threads": 1}, before, after
 
 
 def read(path, version=None):
@@ -118,7 +118,7 @@ def read(path, version=None):
 def finish(config) -> bool:
     """Runs an append again; False where the killed one had finished (the input is known: refused, not doubled)."""
     try:
-        append(IngestConfig(**config))
+        append(AppendConfig(**config))
     except Exception as error:
         assert "the same bytes were taken before" in str(error)
         return False
@@ -161,8 +161,8 @@ def test_sigkill_at_20_random_moments_of_an_append_or_a_vacuum(tmp_path, forker,
     assert set(ends) <= {0, -9} and -9 in ends
     for n in range(14, 20):
         path, config, _, after = copy_of(day, tmp_path / str(n))
-        append(IngestConfig(**config))
-        settings = {"mode": "vacuum", "out": str(path), "retention_hours": 0.0}
+        append(AppendConfig(**config))
+        settings = {"store": str(path), "retention_hours": 0.0}
         end = forker(config=settings, signal=KILL, seconds=draw.uniform(0, 0.01))[1]
         assert end in (0, -9)
         assert read(path) == after
@@ -171,14 +171,14 @@ def test_sigkill_at_20_random_moments_of_an_append_or_a_vacuum(tmp_path, forker,
 
 def test_sigkill_at_many_steps_of_a_vacuum(tmp_path, forker, day):
     path, config, _, after = copy_of(day, tmp_path / "store")
-    append(IngestConfig(**config))
-    settings = {"mode": "vacuum", "out": str(path), "retention_hours": 0.0}
+    append(AppendConfig(**config))
+    settings = {"store": str(path), "retention_hours": 0.0}
     # Each killed vacuum goes on where the one before it was killed: at its k-th change, whatever is left.
     events = random_events(120, seed=5)
     ends = []
     for step in (1, 2, 3, 4, 5, 6, 7, 1, 1, 1, 2, 2):
         extra = write_events(tmp_path / f"{len(ends)}.parquet", events[len(ends) * 10 :][:10])
-        append(IngestConfig(**{**config, "input": [extra]}))
+        append(AppendConfig(**{**config, "input": [extra]}))
         want = read(path)
         ends.append(forker(config=settings, signal=KILL, step=step)[1])
         assert read(path) == want
@@ -201,7 +201,7 @@ def test_two_appends_at_once_and_a_reader_between(tmp_path, forker, day):
     first = next(batches)
     other = write_events(tmp_path / "other.parquet", random_events(30, seed=8))
     with pytest.raises(Exception, match="another append, vacuum or restore is at work there; run again when"):
-        append(IngestConfig(**{**config, "input": [other]}))
+        append(AppendConfig(**{**config, "input": [other]}))
     assert read(path) == before
     subprocess.run(["kill", "-CONT", str(pid)], check=True)
     for _ in range(1000):
@@ -215,7 +215,23 @@ def test_two_appends_at_once_and_a_reader_between(tmp_path, forker, day):
 
 def test_the_command_appends_and_tells_the_cost(tmp_path, day):
     path, config, _, after = copy_of(day, tmp_path / "store")
-    where = ["data=files", f"data.store={path}"]
-    figures = run("ingest", *where, "data.ingest.mode=append", f"data.ingest.input=[{config['input'][0]}]")
+    figures = run("ingest", "append", f"store={path}", f"input=[{config['input'][0]}]")
     assert (figures["version"], figures["appended_events"], figures["events"]) == (1, 200, 500)
     assert figures["write_amplification"] > 1 and read(path) == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["append", "store={}", "overwrite=true"], 1, "'overwrite' not in 'AppendConfig'"),
+        (["append", "store={}", "num_buckets=8"], 1, "'num_buckets' not in 'AppendConfig'"),
+        (["restore", "store={}"], 2, "version is not set"),
+        (["vacuum", "store={}", "input=[x]"], 1, "'input' not in 'VacuumConfig'"),
+        (["vacuum", "store={}", "retention_hours=-1.0"], 2, "retention_hours=-1.0: set at least 0"),
+        (["data.store={}", "data.ingest.force=true"], 1, "'force' not in 'IngestConfig'"),
+        (["compact", "store={}"], 2, "compact: neither a command (append, vacuum, restore, impressions) nor key=value"),
+    ],
+)
+def test_each_command_takes_its_own_keys_alone(tmp_path, arguments, code, text):
+    found, stderr = fail("ingest", *(argument.format(tmp_path) for argument in arguments))
+    assert found == code and text in stderr, stderr

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from feature_store_reference import random_events, write_events
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.utils.errors import DataError
 
 HEAD = "user_id,item_id,timestamp\n"
@@ -150,11 +151,11 @@ def test_filters_that_leave_nobody(tmp_path):
 def test_wrong_limits(tmp_path):
     refused(tmp_path, r"check memory_limit", files={"a.csv": HEAD + GOOD}, memory_limit="plenty")
     for settings, match in (
-        ({"num_buckets": 0}, "num_buckets=0: must be at least 1"),
+        ({"num_buckets": 0}, "num_buckets=0: set at least 1, at most 10000"),
         ({"context_columns": ["gap"]}, "'gap' is reserved"),
         ({"context_columns": ["a.b"]}, "'a.b' is reserved or not made of letters"),
         ({"context_columns": ["a", "A"]}, "given twice"),
-        ({"timestamp_unit": "h"}, "'h' is not a valid TimeUnit"),
+        ({"timestamp_unit": "h"}, "timestamp_unit=h: set s or ms or us or ns"),
     ):
         with pytest.raises(ValueError, match=match):
             IngestConfig(**settings)

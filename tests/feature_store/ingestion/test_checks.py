@@ -8,7 +8,8 @@ from feature_store_reference import make_store, pick, random_events, reference_h
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.checks import BEFORE_ALL_INPUT, ChecksConfig, late_events
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN
 from elastic_rec.feature_store.utils.errors import DataError
@@ -89,7 +90,7 @@ def test_fail_names_the_event_and_leaves_nothing(tmp_path, check, match):
 def test_policies_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="null_ids=keep: such events cannot be stored; set fail or drop"):
         ChecksConfig(null_ids="keep")
-    with pytest.raises(ValueError, match="max_gap_days=0: must be positive"):
+    with pytest.raises(ValueError, match=r"checks\.max_gap_days=0: set above 0"):
         ChecksConfig(max_gap_days=0)
     with pytest.raises(ValueError, match="first_time=20 is not before end_time=20"):
         IngestConfig(first_time="20", end_time="20")
@@ -121,12 +122,10 @@ def test_late_events_of_an_append_are_counted(tmp_path):
     store = make_store(tmp_path, events[:10] + events[30:])
     newest = {e["user"]: e["timestamp"] for e in events[30:]}
     first = write_events(tmp_path / "late.parquet", late)
-    figures = append(IngestConfig(mode="append", input=[first], out=str(store.path), threads=1))
+    figures = append(AppendConfig(input=[first], store=str(store.path), threads=1))
     assert figures["checks"]["out_of_order"] == sum(newest.get(e["user"], 0) > e["timestamp"] for e in late) > 5
     with pytest.raises(DataError, match=r"checks\.out_of_order=drop would look at the new events alone"):
-        append(
-            IngestConfig(mode="append", input=[first], out=str(store.path), checks=ChecksConfig(out_of_order="drop"))
-        )
+        append(AppendConfig(input=[first], store=str(store.path), checks=ChecksConfig(out_of_order="drop")))
 
 
 @pytest.mark.parametrize("event_id", [None, "event_id"])
@@ -138,7 +137,7 @@ def test_max_history_keeps_the_newest(tmp_path, event_id):
     assert max(map(len, whole.values())) > 50
     assert store.vocabulary("item").counts.sum() == store.num_events  # counts of kept events
     with pytest.raises(DataError, match="was made with max_history=7"):
-        append(IngestConfig(mode="append", input=[write_events(tmp_path / "d.csv", events[:9])], out=str(store.path)))
+        append(AppendConfig(input=[write_events(tmp_path / "d.csv", events[:9])], store=str(store.path)))
 
 
 def test_time_range_holds_for_appends_too(tmp_path):
@@ -146,7 +145,7 @@ def test_time_range_holds_for_appends_too(tmp_path):
     kept = [e for e in events if 1_000_005 <= e["timestamp"] < 1_000_020]
     assert 0 < len(kept) < len(events)
     store = make_store(tmp_path, events[:300], first_time="1000005", end_time="1970-01-12T13:47:00")
-    append(IngestConfig(mode="append", input=[write_events(tmp_path / "d.csv", events[300:])], out=str(store.path)))
+    append(AppendConfig(input=[write_events(tmp_path / "d.csv", events[300:])], store=str(store.path)))
     grown = Store.open(store.path)
     assert pick(stored_histories(grown, ["item"]), NAMES) == pick(reference_histories(kept), NAMES)
     assert grown.manifest["filters"]["dropped_events"] == len(events) - len(kept)
@@ -162,6 +161,6 @@ def test_rare_ids_share_unknown_and_their_events_stay(tmp_path):
     flat = [e["item"] for h in stored_histories(store, []).values() for e in h]
     assert flat.count(UNKNOWN) == sum(n for n in counts.values() if n < 4) > 0
     day = [{**events[0], "item": 777 + (n > 2), "timestamp": 2_000_000 + n} for n in range(7)]  # 3 of 777, 4 of 778
-    append(IngestConfig(mode="append", input=[write_events(tmp_path / "d.parquet", day)], out=str(store.path)))
+    append(AppendConfig(input=[write_events(tmp_path / "d.parquet", day)], store=str(store.path)))
     grown = Store.open(store.path).vocabulary("item")
     assert grown.ids.to_pylist() == [*vocabulary.ids.to_pylist(), 778]

@@ -29,7 +29,8 @@ WORKER = """
 import json, sys, traceback
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 
 for line in sys.stdin:
     settings = json.loads(line)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elastic_rec.feature_store.batches.impression_batch import make_impression_batch
 from elastic_rec.feature_store.batches.splits import ImpressionSplit
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import IngestConfig
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.reading.impression_reader import ImpressionReader
@@ -267,7 +267,7 @@ def test_a_table_outlives_appends_but_not_another_store(tmp_path):
     rows = random_impressions(sorted({e["user"] for e in events}), sorted({e["item"] for e in events}), num=50)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "impressions-0.parquet")
     settings = {"item_input": None, "item_context_columns": []}
-    with pytest.raises(DataError, match=r"has no impressions; .*mode=impressions"):
+    with pytest.raises(DataError, match=r"has no impressions; .*ingest.py impressions"):
         make(store)
     ingest_impressions(config_of(tmp_path, **settings), out=str(store.path), threads=1)
     before = sorted(map(repr, records(store, None, make(store).epoch(0))))

@@ -20,7 +20,8 @@ from feature_store_reference import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.writer import cut_histories
 from elastic_rec.feature_store.table.schema import history_schema
 from elastic_rec.feature_store.table.store import Store

@@ -13,7 +13,8 @@ from feature_store_reference import stored_histories
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
@@ -110,7 +111,7 @@ def test_files_may_hold_one_id_in_several_types(tmp_path):
     ]
     files = [write(tmp_path / f"{n}.parquet", events(item_id=values)) for n, values in enumerate(days)]
     assert sorted(column(made(tmp_path, *files[:2]), "item")) == [1, 2, 2, 3]
-    append(IngestConfig(mode="append", input=[str(files[2])], out=str(tmp_path / "s"), threads=1))
+    append(AppendConfig(input=[str(files[2])], store=str(tmp_path / "s"), threads=1))
     assert sorted(column(Store.open(tmp_path / "s"), "item")) == [1, 2, 2, 3, 3, 4]
     missing = write(tmp_path / "m.parquet", events(item_id=pa.array([9.0, float("nan")])))
     store = made(tmp_path, missing, checks=ChecksConfig(null_ids="drop"))

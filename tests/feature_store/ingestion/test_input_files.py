@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.errors import DataError
@@ -166,7 +167,7 @@ def test_an_append_knows_files_by_size_first_and_digest_then(tmp_path, monkeypat
     digested = []
     digest = Location.digest
     monkeypatch.setattr(Location, "digest", lambda self: digested.append(self.name) or digest(self))
-    day = IngestConfig(mode="append", out=str(tmp_path / "s"), threads=1, input=[str(put(tmp_path / "b.csv", 22))])
+    day = AppendConfig(store=str(tmp_path / "s"), threads=1, input=[str(put(tmp_path / "b.csv", 22))])
     append(day)
     assert digested.count("b.csv") == 1  # when it was read, not to compare it
     shutil.copy(tmp_path / "b.csv", tmp_path / "renamed.csv")

@@ -21,7 +21,8 @@ from helpers import command
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.checks import SEQ, ChecksConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.engines.spark.tasks import ABOUT, WriteJob, write_buckets
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.table.schema import history_schema
@@ -261,7 +262,7 @@ def test_an_append_by_duckdb_to_a_store_of_sparks(spark, tmp_path):
     events = random_events(600)
     first, day = (write_events(tmp_path / f"{n}.csv", part) for n, part in enumerate((events[:400], events[400:])))
     _, store, *_ = both(tmp_path, [first])
-    append(IngestConfig(mode="append", input=[day], out=str(store.path), threads=1))
+    append(AppendConfig(input=[day], store=str(store.path), threads=1))
     names = ["timestamp", "item"]
     grown = Store.open(store.path)
     assert pick(stored_histories(grown, ["item"]), names) == pick(reference_histories(events), names)
@@ -346,8 +347,8 @@ def test_executors_need_no_torch():
 
 
 def test_a_choice_that_cannot_be_kept_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"engine=spark makes stores \(mode=create\); mode=append needs engine=duckdb"):
-        IngestConfig(mode="append", engine="spark")
+    with pytest.raises(TypeError, match="engine"):
+        AppendConfig(engine="spark")
     with pytest.raises(ValueError, match="spark_master=yarn has no effect on engine=duckdb"):
         IngestConfig(spark_master="yarn")
     for name in ("pyspark", "pyspark.sql", "elastic_rec.feature_store.ingestion.engines.spark.engine"):

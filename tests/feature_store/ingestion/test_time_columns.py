@@ -11,7 +11,8 @@ import pytest
 from feature_store_reference import stored_histories
 
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.store import Store

@@ -15,7 +15,8 @@ from feature_store_reference import write_events
 from elastic_rec.feature_store.batches.splits import ImpressionSplit, SplitConfig
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.store import Store
@@ -103,7 +104,7 @@ def test_the_unit_of_an_append_is_checked_too(tmp_path):
     with pytest.raises(
         DataError, match=r"day\.csv: 1 timestamps are read in timestamp_unit=ms: .*set timestamp_unit=s"
     ):
-        append(IngestConfig(mode="append", input=[day], out=str(tmp_path / "s")))
+        append(AppendConfig(input=[day], store=str(tmp_path / "s")))
     assert Store.open(tmp_path / "s").version == 0
 
 

@@ -12,7 +12,8 @@ import pytest
 from feature_store_reference import make_store, random_events, reference_histories, write_events
 from ranking_data import make_ranking_store
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.inspection.statistics import (
     Tally,
     bin_starts,

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.table.store import Store
 
 LONG, BUDGET, WINDOW = 2_000_000, 65_536, 4096

@@ -4,7 +4,8 @@ import os
 
 from feature_store_reference import make_store, random_events, write_events
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.table.store import Store
 
 REMOVALS = ("unlink", "rmdir", "remove")

@@ -15,7 +15,8 @@ from feature_store_reference import (
 )
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table import staging
@@ -61,10 +62,10 @@ def test_ingest_append_vacuum_and_restore(place, tmp_path):
     assert epoch(out) == epoch(local)
     assert Store.open(out).user_ids([3, -1, 0]).to_pylist() == Store.open(local).user_ids([3, -1, 0]).to_pylist()
     for number, day in enumerate(days[1:], 1):
-        figures = append(IngestConfig(mode="append", input=[day], out=out, threads=1))
+        figures = append(AppendConfig(input=[day], store=out, threads=1))
         assert figures["version"] == number
     with pytest.raises(DataError, match="the same bytes were taken before"):
-        append(IngestConfig(mode="append", input=[days[1]], out=out))
+        append(AppendConfig(input=[days[1]], store=out))
     assert histories(out) == pick(reference_histories(events), NAMES)
     assert histories(out, 1) == pick(reference_histories(events[:600]), NAMES)
     assert restore(out, version=1)["was"] == 2
@@ -170,7 +171,7 @@ def test_a_second_writer_is_noticed_where_nothing_locks(tmp_path):
     first, day = (write_events(tmp_path / f"{n}.parquet", events[n * 100 :][:100]) for n in range(2))
     ingest(IngestConfig(input=[first], out=out, **SETTINGS))
     base = Store.open(out).manifest
-    append(IngestConfig(mode="append", input=[day], out=out, threads=1))
+    append(AppendConfig(input=[day], store=out, threads=1))
     with pytest.raises(DataError, match="another writer changed the store meanwhile; nothing was appended"):
         publish(open_location(out), 2, {**base, "parent": base["hash"]})
     assert histories(out) == pick(reference_histories(events), NAMES)

@@ -10,7 +10,7 @@ OPEN = """
 import sys
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.pipeline.config.data import DataConfig
-from elastic_rec.pipeline.config.verbs import TrainConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.tasks.registry import make_task
 from elastic_rec.pipeline.runtime.world import start_world
 world = start_world("cpu")

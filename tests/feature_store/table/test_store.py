@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from feature_store_reference import make_store, random_events, write_events
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.table.manifest import content_hash
 from elastic_rec.feature_store.table.store import Store
@@ -23,7 +24,8 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 INGEST = """
 import sys
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 ingest(IngestConfig(input=[sys.argv[1]], out=sys.argv[2], row_group_events=500, num_buckets=64, threads=1))
 """
 

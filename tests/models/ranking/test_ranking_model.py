@@ -21,10 +21,10 @@ from elastic_rec.models.ranking.histories import CausalHistory, MeanHistory
 from elastic_rec.models.ranking.model import RankingModel, RatedEvents, pair_loss
 from elastic_rec.models.ranking.target_attention import ActivationUnit, EventReader
 from elastic_rec.models.retrieval.model import EventTable
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
-from elastic_rec.pipeline.tasks.ranking.task import RankingBatch
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
 
-READERS = ["tower", "moments", "bidirectional", "none", "mean", "din", "sim"]
+READERS = ["tower", "moments", "elastic", "none", "mean", "din", "sim"]
 D = 16
 
 
@@ -50,18 +50,16 @@ def batches(store, max_impressions_per_user: int = 16, size: int = 8, max_histor
 def make_model(store, history: str = "tower", **ranking) -> RankingModel:
     sizes = {"device": 4, "tags": 5}
     torch.manual_seed(0)
-    attention = "bidirectional" if history == "bidirectional" else "causal"
+    kind = "elastic" if history == "elastic" else "elastic_causal"
     return RankingModel(
         tables=[EventTable(name, store.vocabulary(name).size) for name in ("item", "action")] + [EventTable("gap", 40)],
         context=[EventTable("device", sizes["device"])],
         item_context=[EventTable("tags", sizes["tags"])],
         num_labels=2,
-        tower=TowerConfig(
-            width=D, experts=4, dropout=0.0, attention=attention, chunk=4, moments=3 * (attention == "causal")
-        ),
+        tower=TowerConfig(width=D, experts=4, dropout=0.0, tower=kind, chunk=4, moments=3 * (kind == "elastic_causal")),
         memory=MemoryConfig(num_keys=8, top_r=2),
         ranking=RankingConfig(
-            history="tower" if history == "bidirectional" else history,
+            history="tower" if history == "elastic" else history,
             **{"last_n": 9, "top_k": 3, "hidden": [16], "dropout": 0.0, **ranking},
         ),
     )
@@ -274,7 +272,7 @@ def test_the_history_decides_on_planted_data(store):
 def test_untrained_candidates_read_means_of_the_events():
     torch.manual_seed(0)
     history = CausalHistory(
-        TowerConfig(width=32, attention="causal", time="none", dropout=0.0), MemoryConfig(num_keys=8)
+        TowerConfig(width=32, tower="elastic_causal", time="none", dropout=0.0), MemoryConfig(num_keys=8)
     )
     B, N = 20, 50
     events_BND = F.layer_norm(torch.randn(B, 1, 32) + torch.randn(B, N, 32), (32,))

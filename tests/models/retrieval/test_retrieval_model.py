@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
 from elastic_rec.models.retrieval.softmax import FullSoftmax, SampledSoftmax
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 
 NUM_ITEMS, NUM_GAPS, CUTS = 102, 40, 2
 LENGTHS = [5, 0, 70, 1]
@@ -31,7 +31,7 @@ def make_model(softmax="full", device=None, memory=True):
     torch.manual_seed(0)
     return RetrievalModel(
         tables=[EventTable("item", NUM_ITEMS), EventTable("gap", NUM_GAPS)],
-        tower=TowerConfig(width=16, experts=4, dropout=0.0),
+        tower=TowerConfig(tower="elastic", width=16, experts=4, dropout=0.0),
         memory=MemoryConfig(enabled=memory, num_keys=8, top_r=2),
         softmax=softmax,
         device=device,
@@ -125,14 +125,14 @@ def test_nothing_after_the_cut_changes_a_query():
     assert torch.equal(changed_R, holds_R) and holds_R.any() and not holds_R.all()
 
 
-@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_the_time_of_the_query_moves_the_query_only_where_it_was_asked_for(attention):
+@pytest.mark.parametrize("kind", ["elastic", "elastic_causal"])
+def test_the_time_of_the_query_moves_the_query_only_where_it_was_asked_for(kind):
     batch = make_batch()
     later = copy.copy(batch)
     later.query_gap_s = batch.query_gap_s + 10**7
     for time in ("none", "past", "query"):
         torch.manual_seed(0)
-        tower = TowerConfig(width=16, experts=4, dropout=0.0, attention=attention, time=time)
+        tower = TowerConfig(width=16, experts=4, dropout=0.0, tower=kind, time=time)
         tables = [EventTable("item", NUM_ITEMS), EventTable("gap", NUM_GAPS)]
         model = RetrievalModel(tables=tables, tower=tower, memory=MemoryConfig(num_keys=8)).eval()
         if time == "query":

@@ -14,10 +14,11 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from elastic_rec.models.ops.causal_lda import chunks as chunks_module
 from elastic_rec.models.ops.causal_lda import reference
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
+from elastic_rec.models.towers.base import build_tower
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.recency import age_bucket
-from elastic_rec.models.towers.elastic.tower import ElasticTower, build_tower
+from elastic_rec.models.towers.elastic.tower import ElasticTower
 
 D, K, H, C = 16, 4, 2, 4
 LENGTHS = [0, 1, C - 1, C, C + 1, 2 * C + 1, 37]
@@ -31,7 +32,7 @@ def make_tower(*, memory=True, layers=2, dropout=0.0, chunk=C, half_life=True, m
         experts=K,
         layers=layers,
         dropout=dropout,
-        attention="causal",
+        tower="elastic_causal",
         chunk=chunk,
         half_life=half_life,
         moments=moments,
@@ -228,26 +229,26 @@ def test_activations_are_linear_in_events():
     assert ragged < large * 1.5
 
 
-def make_model(attention, every_position=False):
+def make_model(kind, every_position=False):
     torch.manual_seed(0)
     return RetrievalModel(
         tables=[EventTable("item", 102), EventTable("gap", 40)],
-        tower=TowerConfig(width=16, experts=4, dropout=0.0, attention=attention, chunk=8),
+        tower=TowerConfig(width=16, experts=4, dropout=0.0, tower=kind, chunk=8),
         memory=MemoryConfig(num_keys=8, top_r=2),
         every_position=every_position,
     )
 
 
 def test_the_retrieval_model_takes_either_tower():
-    causal, paper = make_model("causal"), make_model("bidirectional")
+    causal, paper = make_model("elastic_causal"), make_model("elastic")
     assert isinstance(causal.tower, CausalTower) and isinstance(paper.tower, ElasticTower)
     batch = make_batch()
     for model in (causal, paper):
         assert model.eval().encode(batch).tokens is None
         assert model(batch)[0].isfinite()
-    with pytest.raises(ValueError, match=r"model\.attention=bidirectional trains on the answer"):
-        make_model("bidirectional", every_position=True)
-    with pytest.raises(ValueError, match="set tower attention = causal"):
+    with pytest.raises(ValueError, match=r"model\.tower=elastic trains on the answer"):
+        make_model("elastic", every_position=True)
+    with pytest.raises(ValueError, match=r"set model\.tower=elastic_causal"):
         paper.tower(torch.zeros(1, 16), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64), every=True)
 
 
@@ -266,7 +267,7 @@ def every_batch(seed=0):
 
 def test_a_loss_at_every_position_is_that_of_each_prefix():
     """The query at an event is that of the prefix which ends there; the loss is their weighted mean."""
-    model, batch = make_model("causal", every_position=True), every_batch()
+    model, batch = make_model("elastic_causal", every_position=True), every_batch()
     loss, (query_PD, loss_P, _) = model(batch)
     assert loss.item() == pytest.approx((loss_P * batch.weights).sum().item() / batch.weights.sum().item())
     starts_P = torch.repeat_interleave(batch.starts, batch.ends - batch.starts)
@@ -294,7 +295,7 @@ def test_autocast_to_bfloat16_trains_and_stays_near():
 
 @pytest.mark.parametrize("every_position", [True, False])
 def test_sharded_and_pipelined_equals_plain(gloo, every_position):  # noqa: F811
-    plain = make_model("causal", every_position)
+    plain = make_model("elastic_causal", every_position)
     sharded, optimizer = shard(copy.deepcopy(plain))
     batches = [every_batch(seed) if every_position else make_batch(seed) for seed in range(4)]
     pipeline, stream = TrainPipelineSparseDist(sharded, optimizer, torch.device("cpu")), iter(batches)

@@ -5,12 +5,16 @@ import torch
 from test_causal import C, D, H, K, events, every_batch
 
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
-from elastic_rec.models.towers.elastic.tower import build_tower
+from elastic_rec.models.towers.base import build_tower
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [({"chunk": 0}, "model.chunk = 0: set it to 1 or more"), ({"attention": "both"}, "both")]
+    ("bad", "message"),
+    [
+        ({"chunk": 0}, "model.chunk=0: set at least 1"),
+        ({"tower": "both"}, "model.tower=both: set one of elastic_causal, elastic, sasrec"),
+    ],
 )
 def test_configs_say_what_to_set(bad, message):
     with pytest.raises(ValueError, match=message):
@@ -20,20 +24,22 @@ def test_configs_say_what_to_set(bad, message):
 def test_without_time_only_the_order_counts():
     config = {"width": D, "heads": H, "experts": K, "dropout": 0.0, "chunk": C}
     tokens_TD, offsets_B1, times_s_T = events([9, 37])
-    for attention in ("causal", "bidirectional"):
+    for kind in ("elastic_causal", "elastic"):
         for time, same in (("none", True), ("past", False)):
-            tower = build_tower(TowerConfig(**config, attention=attention, time=time), MemoryConfig(num_keys=8)).eval()
+            tower = build_tower(TowerConfig(**config, tower=kind, time=time), MemoryConfig(num_keys=8)).eval()
             one, other = (tower(tokens_TD, offsets_B1, t).summary for t in (times_s_T, times_s_T // 1000))
-            assert torch.equal(one, other) is same, (attention, time)
+            assert torch.equal(one, other) is same, (kind, time)
             assert any("half_life" in name for name, _ in tower.named_parameters()) is (
-                attention == "causal" and time == "past"
+                kind == "elastic_causal" and time == "past"
             )
 
 
 def moved_by(reads, event, position):
     """Whether an event's content reaches the output at a position of a user of four chunks, in a tower of one layer."""
     torch.manual_seed(0)
-    config = TowerConfig(width=D, heads=H, experts=K, layers=1, dropout=0.0, attention="causal", chunk=C, reads=reads)
+    config = TowerConfig(
+        width=D, heads=H, experts=K, layers=1, dropout=0.0, tower="elastic_causal", chunk=C, reads=reads
+    )
     tower = build_tower(config, MemoryConfig(enabled=False)).eval()
     tokens_TD, offsets_B1, times_s_T = events([4 * C])
     before = tower(tokens_TD, offsets_B1, times_s_T).tokens[position]
@@ -59,7 +65,7 @@ def test_what_an_event_reads_can_be_narrowed(event, position, experts, near):
 
 def test_sasrec_is_trained_and_asked_like_the_tower():
     torch.manual_seed(0)
-    config = TowerConfig(width=16, dropout=0.0, attention="full")
+    config = TowerConfig(width=16, dropout=0.0, tower="sasrec")
     tables = [EventTable("item", 102), EventTable("gap", 40)]
     with pytest.raises(ValueError, match="has no interest memory: set memory"):
         RetrievalModel(tables=tables, tower=config, memory=MemoryConfig())

@@ -5,7 +5,7 @@ import torch
 
 from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import reference
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import Aggregate, Dispatch, LDALayer
 
 LENGTHS, B, K, D, H = [0, 1, 7, 64], 4, 3, 8, 2
@@ -71,12 +71,12 @@ def test_last_layer_leaves_tokens_alone_and_builds_no_half_for_them():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TowerConfig(width=64, heads=3), r"model.width = 64 .* model.heads = 3: set width = 63"),
-        (lambda: TowerConfig(width=6, heads=2), r"multiple of 4.*set width = 8"),
-        (lambda: TowerConfig(layers=0), r"model.layers = 0: set it to 1 or more"),
-        (lambda: TowerConfig(dropout=1.0), r"model.dropout = 1.0: set it in \[0, 1\)"),
-        (lambda: MemoryConfig(num_keys=4, top_r=5), r"set top_r <= 4"),
-        (lambda: MemoryConfig(heads=0), r"memory.heads = 0"),
+        (lambda: TowerConfig(width=64, heads=3), r"model.width=64 .* model.heads=3: set model.width=63"),
+        (lambda: TowerConfig(width=6, heads=2), r"multiple of 4.*set model.width=8"),
+        (lambda: TowerConfig(layers=0), r"model.layers=0: set at least 1"),
+        (lambda: TowerConfig(dropout=1.0), r"model.dropout=1.0: set at least 0, at most 0.99"),
+        (lambda: MemoryConfig(num_keys=4, top_r=5), r"set memory.top_r=4"),
+        (lambda: MemoryConfig(heads=0), r"memory.heads=0: set at least 1"),
     ],
 )
 def test_configs_say_what_to_set(make, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from elastic_rec.models.jagged import TileLayout
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.memory import InterestMemory, slot_usage
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, NUM_POSITION_BUCKETS, age_bucket, position_bucket
 from elastic_rec.models.towers.elastic.tower import ElasticTower

@@ -9,7 +9,7 @@ from test_causal import LENGTHS, C, D, events, make_tower
 from test_state import run
 
 from elastic_rec.models.ranking.histories import MomentReader
-from elastic_rec.models.towers.elastic.config import TowerConfig
+from elastic_rec.models.towers.config import TowerConfig
 from elastic_rec.models.towers.elastic.moments import Moments
 
 RANK = 3
@@ -82,7 +82,7 @@ def test_long_histories_keep_their_precision():
 def test_a_candidate_reads_target_attention_to_first_order():
     """Against softmax over single events: the difference falls with the square of the scores."""
     torch.manual_seed(0)
-    config = TowerConfig(width=D, moments=D, attention="causal")
+    config = TowerConfig(width=D, moments=D, tower="elastic_causal")
     reader = MomentReader(config).double()
     events_ND, candidates_CD = torch.randn(50, D).double(), torch.randn(7, D).double()
     mean_D = events_ND.mean(0)
@@ -100,7 +100,7 @@ def test_a_candidate_reads_target_attention_to_first_order():
 
 def test_candidates_of_one_impression_read_what_they_read_among_others():
     torch.manual_seed(0)
-    reader = MomentReader(TowerConfig(width=D, moments=RANK, attention="causal"))
+    reader = MomentReader(TowerConfig(width=D, moments=RANK, tower="elastic_causal"))
     both = Moments(torch.randn(2, D), torch.randn(2, RANK, D))
     candidates_CD, impression_C = torch.randn(9, D), torch.tensor([1] * 4 + [0] * 5)
     together_CD = reader(both, candidates_CD, impression_C)
@@ -115,7 +115,7 @@ def size_of(x: torch.Tensor) -> float:
 
 
 def test_moments_want_a_causal_tower_and_a_rank_that_fits():
-    with pytest.raises(ValueError, match="between 0 and"):
+    with pytest.raises(ValueError, match=r"set at most model\.width=16"):
         TowerConfig(width=16, moments=17)
-    with pytest.raises(ValueError, match=r"model\.attention=causal"):
-        TowerConfig(width=16, moments=4, attention="bidirectional")
+    with pytest.raises(ValueError, match=r"model\.tower=elastic_causal"):
+        TowerConfig(width=16, moments=4, tower="elastic")

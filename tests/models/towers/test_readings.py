@@ -6,13 +6,13 @@ import pytest
 import torch
 from test_causal import LENGTHS, C, D, events
 
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
 
 
 def towers(*, memory: bool, time: str = "past") -> tuple[CausalTower, CausalTower]:
     config = TowerConfig(
-        width=D, heads=2, experts=4, layers=3, dropout=0.0, attention="causal", chunk=C, time=time, moments=3
+        width=D, heads=2, experts=4, layers=3, dropout=0.0, tower="elastic_causal", chunk=C, time=time, moments=3
     )
     settings = MemoryConfig(enabled=memory, num_keys=8, heads=2, top_r=3)
     torch.manual_seed(0)

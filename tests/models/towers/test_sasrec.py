@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from elastic_rec.models.towers.sasrec import Groups, Sasrec, SasrecConfig, naive, sdpa
+from elastic_rec.models.towers.config import TowerConfig
+from elastic_rec.models.towers.sasrec import Groups, Sasrec, naive, sdpa
 
 D, H, LENGTHS = 12, 3, [5, 0, 1, 64, 7, 1, 33]
 
 
 def make(attention=sdpa, *, dtype=torch.float64, dropout=0.0):
     torch.manual_seed(0)
-    config = SasrecConfig(width=D, heads=H, layers=2, ffn_multiple=2, dropout=dropout, max_history=64)
-    return Sasrec(config, attention=attention).to(dtype)
+    config = TowerConfig(width=D, heads=H, layers=2, ffn_multiple=2, dropout=dropout)
+    return Sasrec(config, max_history=64, attention=attention).to(dtype)
 
 
 def events(lengths, dtype=torch.float64, seed=0):
@@ -148,10 +149,10 @@ def test_dropout_is_on_in_training_only():
 
 
 def test_a_history_beyond_its_positions_is_refused():
-    with pytest.raises(ValueError, match=r"a history of 65 events, but sasrec.max_history = 64: set"):
+    with pytest.raises(ValueError, match=r"a history of 65 events, but .* positions for 64: give .*data.max_history"):
         make()(*events([65]))
-    with pytest.raises(ValueError, match=r"no multiple of sasrec.heads = 3: set width = 63"):
-        SasrecConfig(width=64, heads=3)
+    with pytest.raises(ValueError, match=r"no multiple of model.heads=3: set model.width=63"):
+        TowerConfig(tower="sasrec", width=64, heads=3)
 
 
 @pytest.mark.parametrize("lengths", [[64], [7, 64, 12]])

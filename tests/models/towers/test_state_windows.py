@@ -7,16 +7,16 @@ from test_examples import LOO, make, random_histories
 from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 
 NUM_ITEMS = 60
 
 
-def make_model(*, windows: bool, attention="causal") -> RetrievalModel:
+def make_model(*, windows: bool) -> RetrievalModel:
     torch.manual_seed(0)
     return RetrievalModel(
         tables=[EventTable("item", NUM_ITEMS), EventTable("gap", 40)],
-        tower=TowerConfig(width=16, experts=4, dropout=0.0, attention=attention, chunk=4),
+        tower=TowerConfig(width=16, experts=4, dropout=0.0, tower="elastic_causal", chunk=4),
         memory=MemoryConfig(num_keys=8, top_r=2),
         every_position=True,
         windows=windows,
@@ -78,7 +78,7 @@ def test_windows_out_of_order_and_other_towers_are_refused():
     with pytest.raises(ValueError, match=r"data\.window=0"):
         RetrievalModel(
             tables=[EventTable("item", NUM_ITEMS)],
-            tower=TowerConfig(width=16, attention="bidirectional"),
+            tower=TowerConfig(width=16, tower="elastic"),
             memory=MemoryConfig(enabled=False),
             windows=True,
         )

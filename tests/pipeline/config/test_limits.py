@@ -16,9 +16,11 @@ from elastic_rec.feature_store.datasets.movielens_formats import Bundle
 from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
 from elastic_rec.feature_store.utils import limits
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
-from elastic_rec.pipeline.config.training import ParallelConfig, RunConfig
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, ScoreConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.parallel import ParallelConfig
+from elastic_rec.pipeline.config.score import FullScoreConfig, RankingScoreConfig
+from elastic_rec.pipeline.config.train import RunConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.tasks.ranking.scoring import check_parts
 
@@ -83,13 +85,13 @@ def test_more_parts_than_names():
         (lambda: TowerConfig(chunk=10**9), "model.chunk"),
         (lambda: TowerConfig(experts=10**7), "model.experts"),
         (lambda: MemoryConfig(num_keys=10**6), "memory.num_keys = 1000000: set it to 1 or more, at most 32768"),
-        (lambda: ScoreConfig(k=10**12), "k=1000000000000: set it to at most 100000"),
-        (lambda: ScoreConfig(part_rows=10**12), "part_rows"),
+        (lambda: FullScoreConfig(k=10**12), "k=1000000000000: set at least 1, at most 100000"),
+        (lambda: RankingScoreConfig(part_rows=10**12), "part_rows"),
         (lambda: EvaluateConfig(k=[10, 10**12]), "at most 100000"),
-        (lambda: EvaluateConfig(k=[0, 10]), "1 or more"),
+        (lambda: EvaluateConfig(k=[0, 10]), "set at least 1"),
         (lambda: RunConfig(seed=10**20), "run.seed"),
         (lambda: IngestConfig(threads=10**8), "up to 4096"),
-        (lambda: ParallelConfig(timeout_s=0), "parallel.timeout_s=0: set 1 to 604800"),
+        (lambda: ParallelConfig(timeout_s=0), "parallel.timeout_s=0: set at least 1, at most 604800"),
     ],
 )
 def test_numbers_that_no_machine_can_hold(make, text):

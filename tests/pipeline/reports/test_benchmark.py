@@ -8,7 +8,7 @@ import subprocess
 import helpers
 import pytest
 
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.reports.benchmarks.config import EfficiencyConfig, EfficiencyTargets
 from elastic_rec.pipeline.reports.benchmarks.contestants import CONTESTANTS, INFERENCE_ONLY, Arena
 from elastic_rec.pipeline.reports.benchmarks.efficiency import measure

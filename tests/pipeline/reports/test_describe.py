@@ -17,10 +17,11 @@ from ranking_data import make_ranking_store
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.inspection.statistics import measure
 from elastic_rec.feature_store.table.store import Store
-from elastic_rec.pipeline.config.data import DescribeConfig
+from elastic_rec.pipeline.config.describe import DescribeConfig
 from elastic_rec.pipeline.describe import target_of
 from elastic_rec.pipeline.reports.store_figures import duration, store_figures
 from elastic_rec.pipeline.reports.store_page import page
@@ -76,7 +77,7 @@ def store(tmp_path) -> Path:
     )
     ingest(config)
     day = write(tmp_path / "b.parquet", [(4, "d", 13 * DAY_S, "view")])
-    append(IngestConfig(mode="append", input=[day], out=str(tmp_path / "mine")))
+    append(AppendConfig(input=[day], store=str(tmp_path / "mine")))
     return tmp_path / "mine"
 
 

@@ -42,7 +42,7 @@ def made(verbs, tmp_path_factory) -> Path:
 
 
 def train(folder: Path) -> list[str]:
-    causal = ["model.attention=causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
+    causal = ["model.tower=elastic_causal", "data.targets=every_event", "model.chunk=4", "optim.epochs=1"]
     return [*helpers.SMALL_TRAIN, *causal, f"data.store={folder}/items/store"]
 
 
@@ -55,8 +55,14 @@ def command(name: str, made: Path, place: Path) -> list[str]:
         "train": ["train", *train(made), f"run.dir={place}/run"],
         "evaluate": ["evaluate", f"run={place}/run"],
         "full": run,
-        "incremental": [*run, "mode=incremental", f"store={made}/items/store"],
-        "ranking": ["score", f"run={made}/ranking-run", f"candidates={made}/lists.parquet", f"out={place}/ranking"],
+        "incremental": ["score", "incremental", *run[1:], f"store={made}/items/store"],
+        "ranking": [
+            "score",
+            "ranking",
+            f"run={made}/ranking-run",
+            f"candidates={made}/lists.parquet",
+            f"out={place}/ranking",
+        ],
         "describe": ["describe", f"store={made}/items/store", f"out={place}/page.html"],
     }[name]
 

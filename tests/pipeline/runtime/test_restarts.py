@@ -39,7 +39,7 @@ def steps_done(run_dir: Path) -> int:
 def test_a_job_is_stopped_then_a_rank_is_killed_and_it_ends_as_if_nothing_had_been(tmp_path):
     store = helpers.make_store(tmp_path / "data")
     fixed = [f"data.store={store}", f"optim.max_steps={STEPS}", "optim.epochs=20"]
-    train = [*helpers.SMALL_TRAIN, *fixed, "model.attention=causal", "data.targets=every_event", "model.chunk=4"]
+    train = [*helpers.SMALL_TRAIN, *fixed, "model.tower=elastic_causal", "data.targets=every_event", "model.chunk=4"]
     helpers.run("train", *train, f"run.dir={tmp_path}/unbroken", ranks=2)
 
     run_dir, log = tmp_path / "run", tmp_path / "log"

@@ -31,7 +31,7 @@ def verbs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def train(tmp_path_factory) -> list[str]:
     store = helpers.make_store(tmp_path_factory.mktemp("data"))
-    causal = ["model.attention=causal", "data.targets=every_event", "model.chunk=4"]
+    causal = ["model.tower=elastic_causal", "data.targets=every_event", "model.chunk=4"]
     fixed = ["data.columns=[action]", "optim.epochs=20", "run.keep_last=9", "optim.patience=0", *causal]
     return [*helpers.SMALL_TRAIN, f"data.store={store}", f"optim.max_steps={STEPS}", *fixed]
 
@@ -82,11 +82,12 @@ def test_training_is_saved_and_goes_on_as_if_nothing_had_been(verbs, train, unbr
     [
         ("evaluate", [], ("batch 0 of test", 1)),
         ("score", ["out={}/scores"], ("batch 1 of a part", 3)),
-        ("score", ["out={}/states", "mode=incremental"], ("batch 1 of a part", 3)),
+        ("score incremental", ["out={}/states"], ("batch 1 of a part", 3)),
     ],
 )
 def test_evaluate_and_score_end_and_a_rerun_goes_on(verbs, unbroken, tmp_path, verb, arguments, beat):
-    arguments = [f"run={unbroken}", *(argument.format(tmp_path) for argument in arguments)]
+    verb, *command = verb.split()
+    arguments = [*command, f"run={unbroken}", *(argument.format(tmp_path) for argument in arguments)]
     done = verbs.run(verb, *arguments, at=(*beat, signal.SIGINT))
     assert done.code == 75 and done.last == ENDED.format("SIGINT") and "Traceback" not in done.err
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
@@ -111,7 +112,7 @@ def test_ingest_ends_and_leaves_nothing(verbs, many_events, tmp_path, mode):
         few = tmp_path / "few.parquet"
         pq.write_table(pq.read_table(many_events).slice(0, 1000), few)
         verbs.good("ingest", "data=files", f"data.ingest.input=[{few}]", f"data.store={tmp_path}/store")
-        ingest.append("data.ingest.mode=append")
+        ingest = ["ingest", "append", f"input=[{many_events}]", f"store={tmp_path}/store"]
     elif mode == "spark":
         pytest.importorskip("pyspark")
         ingest += ["data.ingest.engine=spark", "data.ingest.spark_master='local[1]'"]

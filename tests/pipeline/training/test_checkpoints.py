@@ -16,7 +16,7 @@ from files_data import score_run, train_run
 
 from elastic_rec.feature_store.utils.checked_json import read_checked, write_checked
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.pipeline.config.training import ParallelConfig
+from elastic_rec.pipeline.config.parallel import ParallelConfig
 from elastic_rec.pipeline.runtime.errors import CheckpointError
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.training.checkpoints import Checkpoints

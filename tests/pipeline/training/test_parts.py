@@ -13,8 +13,8 @@ from helpers import REPO
 from hydra import compose, initialize_config_dir
 
 from elastic_rec.feature_store.table.vocabulary import FIRST
-from elastic_rec.pipeline.config.training import LossConfig, OptimConfig, RunConfig
-from elastic_rec.pipeline.config.verbs import EvaluateConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.train import LossConfig, OptimConfig, RunConfig
 from elastic_rec.pipeline.reports.config_reference import reference
 from elastic_rec.pipeline.runtime.errors import NonFiniteError
 from elastic_rec.pipeline.runtime.launch import CONFIG_DIR

@@ -23,7 +23,7 @@ def test_tower_against_the_bayes_rate(tmp_path, noise, epochs):
     helpers.run("ingest", "data=files", f"data.ingest.input=[{events.events}]", f"data.store={store}")
     helpers.run(
         "train", "data=files", f"data.store={store}", f"run.dir={run}", f"optim.epochs={epochs}",
-        "model.attention=bidirectional", "data.targets=sampled", "data.prefixes_per_user=4",
+        "model.tower=elastic", "data.targets=sampled", "data.prefixes_per_user=4",
     "optim.global_batch_size=64", "optim.table_lr=0.1",
         "optim.warmup_steps=30",
     )  # fmt: skip

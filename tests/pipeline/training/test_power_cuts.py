@@ -17,7 +17,7 @@ from ranking_data import make_ranking_store
 from test_ranking_task import RANKING
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.states.files import StateWriter
 from elastic_rec.pipeline.runtime import interrupts
 from elastic_rec.pipeline.runtime.pulse import Pulse
@@ -99,12 +99,12 @@ def test_incremental_scores_and_states(world, run, tmp_path, monkeypatch):
     """States that reflect today's events never last without the part that was made from them."""
     root = tmp_path / "root"
     shutil.copytree(run.parent / "store", root / "store")
-    out, settings = root / "scores", {"mode": "incremental", "store": str(root / "store")}
+    out, settings = root / "scores", {"kind": "incremental", "store": str(root / "store")}
     score_run(world, run, out, **settings)
     today = pa.table({"user_id": np.arange(1, 41), "item_id": np.arange(40) % 60 + 100, "timestamp": [2_000_000] * 40})
     today = today.append_column("action", pa.array(["view"] * 40))
     pq.write_table(today, tmp_path / "today.parquet")
-    append(IngestConfig(mode="append", input=[str(tmp_path / "today.parquet")], out=str(root / "store"), threads=1))
+    append(AppendConfig(input=[str(tmp_path / "today.parquet")], store=str(root / "store"), threads=1))
     before = (out / "part-00000.parquet").read_bytes()
 
     def committed(writer: StateWriter) -> None:
@@ -144,8 +144,8 @@ def test_checkpoints(world, run, tmp_path, monkeypatch):
     save, root = Checkpoints.save, tmp_path / "root"
     root.mkdir()
 
-    def saved(checkpoints, model, optimiser, about, **kwargs):
-        save(checkpoints, model, optimiser, about, **kwargs)
+    def saved(checkpoints, model, optimizer, about, **kwargs):
+        save(checkpoints, model, optimizer, about, **kwargs)
         cut.acknowledge(str(about["step"]))
 
     with PowerCut(root) as cut, monkeypatch.context() as patch:

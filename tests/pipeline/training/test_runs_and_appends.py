@@ -15,8 +15,7 @@ def test_a_run_goes_on_after_a_day_was_appended(tmp_path):
 
     day = {"user_id": [1, 2, 500], "item_id": [9001, 100, 9001], "timestamp": [9_000_000] * 3, "action": ["view"] * 3}
     pq.write_table(pa.table(day), tmp_path / "day.parquet")
-    appended = ["data=files", f"data.store={store}", f"data.ingest.input=[{tmp_path}/day.parquet]"]
-    helpers.run("ingest", *appended, "data.ingest.mode=append", "data.ingest.context_columns=[action]")
+    helpers.run("ingest", "append", f"store={store}", f"input=[{tmp_path}/day.parquet]")
 
     after = helpers.run("evaluate", f"run={run}", "checkpoint=last")
     assert {**after, "stderr": ""} == {**before, "stderr": ""}, "the same users, items and targets"

@@ -130,7 +130,7 @@ def test_errors_name_the_cause_and_the_remedy(store, two_ranks, overrides, tmp_p
 
 
 def test_causal_training_at_every_position_is_the_same_on_two_ranks(overrides, tmp_path):
-    causal = ["data.targets=every_event", "model.attention=causal", "model.chunk=4", "optim.max_steps=12"]
+    causal = ["data.targets=every_event", "model.tower=elastic_causal", "model.chunk=4", "optim.max_steps=12"]
     for ranks in (1, 2):
         arguments = [*helpers.SMALL_TRAIN, *overrides, *causal, f"run.dir={tmp_path}/{ranks}"]
         helpers.run("train", *arguments, ranks=ranks)
@@ -139,14 +139,14 @@ def test_causal_training_at_every_position_is_the_same_on_two_ranks(overrides, t
     assert one[1] == pytest.approx(np.log(60), rel=0.05), "the mean over all positions of a uniform guess"
     assert one[12] < one[1] - 0.1, "it learns"
     code, text = helpers.fail(
-        "train", *overrides, "data.targets=every_event", "model.attention=bidirectional", f"run.dir={tmp_path}/x"
+        "train", *overrides, "data.targets=every_event", "model.tower=elastic", f"run.dir={tmp_path}/x"
     )
     assert code == 2 and "would train on the answer" in text
 
 
 def test_training_in_windows_is_the_same_on_two_ranks_and_after_a_kill(overrides, tmp_path):
     windows = [
-        "data.targets=every_event", "model.attention=causal", "model.chunk=4", "memory=off", "data.window=8",
+        "data.targets=every_event", "model.tower=elastic_causal", "model.chunk=4", "memory=off", "data.window=8",
         "optim.max_steps=12",
     ]  # fmt: skip
     arguments = [*helpers.SMALL_TRAIN, *overrides, *windows, "run.checkpoint_every=2"]
@@ -169,7 +169,7 @@ def test_training_in_windows_is_the_same_on_two_ranks_and_after_a_kill(overrides
 
 
 def test_bfloat16_products_train_alike(overrides, tmp_path):
-    causal = ["data.targets=every_event", "model.attention=causal", "model.chunk=4", "optim.max_steps=12"]
+    causal = ["data.targets=every_event", "model.tower=elastic_causal", "model.chunk=4", "optim.max_steps=12"]
     for precision in ("float32", "bfloat16"):
         arguments = [*helpers.SMALL_TRAIN, *overrides, *causal, f"run.precision={precision}"]
         helpers.run("train", *arguments, f"run.dir={tmp_path}/{precision}")

@@ -14,7 +14,8 @@ from ranking_data import make_ranking_store
 
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.models.ranking.config import History
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, Task, TrainConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.train import TaskName, TrainConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.runtime.errors import ConfigError, NonFiniteError
 from elastic_rec.pipeline.runtime.world import World, start_world
@@ -134,7 +135,7 @@ def test_a_model_below_counting_is_named(world, store, tmp_path, capsys, monkeyp
     assert said.count("best counting baseline on validation") == 1
     assert valid_lines(run)[0]["below_baseline"] == best
     monkeypatch.setattr(
-        "elastic_rec.pipeline.training.validation.fit_baselines", lambda *args, **kwargs: pytest.fail("again")
+        "elastic_rec.pipeline.tasks.next_item.validation.fit_baselines", lambda *args, **kwargs: pytest.fail("again")
     )
     config = config_of(store, run, epochs=2)
     config.run.resume = True
@@ -151,7 +152,7 @@ def test_ranking_runs_are_evaluated_on_another_store(world, tmp_path):
     """Of labelled impressions; the policy for items already seen means nothing to them."""
     store, run = make_ranking_store(tmp_path / "data"), tmp_path / "run"
     config = config_of(store, run, epochs=1)
-    config.task, config.ranking.hidden, config.ranking.history = Task.ranking, [8], History.mean
+    config.task, config.ranking.hidden, config.ranking.history = TaskName.ranking, [8], History.mean
     train(config, world)
     plain = run_evaluation(EvaluateConfig(run=str(run)), world)
     shutil.move(store, tmp_path / "elsewhere")

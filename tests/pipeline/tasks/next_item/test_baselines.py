@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_rec.feature_store.table.vocabulary import FIRST
-from elastic_rec.pipeline.config.verbs import TrainConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.tasks.next_item import baselines
 from elastic_rec.pipeline.tasks.next_item.baselines import HALF_LIVES, WEIGHTS, fit_baselines

@@ -19,18 +19,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from files_data import score_config
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.utils.checked_json import read_checked
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, ScoreConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.runtime.errors import ConfigError, NonFiniteError
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.score import score
 
 NEW_ITEM = 999  # first seen on day 1: the run has no row for it
-CAUSAL = ["model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.max_history=64"]
+CAUSAL = ["model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event", "data.max_history=64"]
 
 
 class Served(NamedTuple):
@@ -44,10 +46,10 @@ class Served(NamedTuple):
         settings = {"store": str(self.folder / "day1"), "checkpoint": "last", **settings}
         return run_evaluation(EvaluateConfig(run=str(self.folder / "run"), **settings), world)
 
-    def score(self, world: World, out: str, **settings) -> dict[int, list[int]]:
+    def score(self, world: World, out: str, *, kind: str = "full", **settings) -> dict[int, list[int]]:
         """user -> list, from the files."""
         out = self.folder / out
-        score(ScoreConfig(run=str(self.folder / "run"), out=str(out), checkpoint="last", **settings), world)
+        score(score_config(kind, run=str(self.folder / "run"), out=str(out), checkpoint="last", **settings), world)
         rows = [row for part in sorted(out.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
         return {row["user_id"]: row["item_ids"] for row in rows}
 
@@ -72,7 +74,7 @@ def served(tmp_path_factory) -> Served:
     settings = {"context_columns": ["action"], "num_buckets": 3, "row_group_events": 300, "threads": 1}
     ingest(IngestConfig(input=[str(folder / "day0.parquet")], out=str(folder / "day0"), **settings))
     shutil.copytree(folder / "day0", folder / "day1")
-    append(IngestConfig(mode="append", input=[str(folder / "day1.parquet")], out=str(folder / "day1"), threads=1))
+    append(AppendConfig(input=[str(folder / "day1.parquet")], store=str(folder / "day1"), threads=1))
     helpers.run(
         "train", *helpers.SMALL_TRAIN, *CAUSAL, "optim.epochs=3", f"data.store={folder}/day0", f"run.dir={folder}/run"
     )
@@ -134,14 +136,14 @@ def test_figures_are_those_of_the_files(served, world, seen):
 
 
 def test_incremental_scores_and_the_runs_own_policy(served, world):
-    lists = served.score(world, "scores-incremental", k=100, mode="incremental")
+    lists = served.score(world, "scores-incremental", k=100, kind="incremental")
     figures = served.evaluate(world)
     assert figures["seen"] == "keep", "data.seen=auto, resolved by training: these users repeat items"
     assert_delivered(served, figures, lists)
     settings = json.loads((served.folder / "scores-incremental/_job.json").read_text())
     assert settings["seen"] == "keep"
     with pytest.raises(ConfigError, match="made with seen='keep', asked for now: 'exclude'"):
-        served.score(world, "scores-incremental", k=100, mode="incremental", seen="exclude")
+        served.score(world, "scores-incremental", k=100, kind="incremental", seen="exclude")
 
 
 def _on_rank(rank: int, size: int, served: Served) -> None:
@@ -182,8 +184,8 @@ def test_a_broken_checkpoint_is_refused_by_evaluate_and_score(served, world, mon
 
     load = Checkpoints.load
 
-    def broken(self, step, model, optimiser=None):
-        progress = load(self, step, model, optimiser)
+    def broken(self, step, model, optimizer=None):
+        progress = load(self, step, model, optimizer)
         next(iter(model.module.head.parameters())).data[3] = float("nan")
         return progress
 

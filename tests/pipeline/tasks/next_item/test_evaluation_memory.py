@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.verbs import TrainConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.world import start_world
 from elastic_rec.pipeline.tasks.next_item import sharded_topk as retrieval
 from elastic_rec.pipeline.tasks.next_item.evaluation import evaluate

@@ -13,20 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from files_data import score_config
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
 from elastic_rec.feature_store.states.files import StateFile
 from elastic_rec.feature_store.table.location import open_location
-from elastic_rec.pipeline.config.verbs import ScoreConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.score import score
 
 DAYS, BUCKETS, DAY_S = 31, 4, 86_400
-CAUSAL = [
-    *helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.targets=every_event", "data.columns=[action]"
-]  # fmt: skip
+CAUSAL = [*helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.cuts=0", "data.columns=[action]"]
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +66,9 @@ class Setting:
         steps = ["optim.max_steps=12", "run.checkpoint_every=6", "run.keep_last=9"]
         helpers.run("train", *CAUSAL, *steps, *overrides, f"data.store={self.store}", f"run.dir={self.run}")
 
-    def score(self, world: World, out: str, **settings) -> dict:
+    def score(self, world: World, out: str, *, kind: str = "full", **settings) -> dict:
         settings = {"batch_size": 8, "k": 6, "checkpoint": "last", "store": str(self.store), **settings}
-        return score(ScoreConfig(run=str(self.run), out=str(self.folder / out), **settings), world)
+        return score(score_config(kind, run=str(self.run), out=str(self.folder / out), **settings), world)
 
     def files(self, *names: str) -> dict[str, bytes]:
         """Content of scores and states; the manifest of scores too."""
@@ -106,8 +104,8 @@ def thirty_days(setting, world) -> Setting:
     for day in range(DAYS):
         if day:
             add(setting.store, day_file(setting.folder, day))
-        figures = setting.score(world, "daily", mode="incremental")
-        assert figures["late_events"] == 0 and figures["version"] == day
+        figures = setting.score(world, "daily", kind="incremental")
+        assert figures["late_events"] == 0 and figures["generation"] == day
         if day:
             assert 0 < figures["folded_events"] <= 60 and figures["skipped_parts"] < BUCKETS
         if day % 7 == 3:
@@ -129,27 +127,27 @@ def test_thirty_days_are_one_full_pass(thirty_days, world):
 
 def test_a_finished_day_again_changes_nothing(thirty_days, world):
     before = thirty_days.files("daily", "store")
-    figures = thirty_days.score(world, "daily", mode="incremental")
+    figures = thirty_days.score(world, "daily", kind="incremental")
     assert figures["skipped_parts"] == BUCKETS and figures["folded_events"] == figures["read_bytes"] == 0
     assert thirty_days.files("daily", "store") == before
 
 
 def test_another_folder_is_scored_from_the_states_alone(thirty_days, world):
-    figures = thirty_days.score(world, "elsewhere", mode="incremental", seen="keep")
+    figures = thirty_days.score(world, "elsewhere", kind="incremental", seen="keep")
     assert figures["folded_events"] == figures["users_with_new_events"] == 0 and figures["skipped_parts"] == 0
     thirty_days.score(world, "full-seen", max_history=0, seen="keep")
     assert_same(rows(thirty_days.folder / "elsewhere"), rows(thirty_days.folder / "full-seen"))
 
 
-@pytest.mark.parametrize("where", ["a page of states", "the footer", "a watermark"])
+@pytest.mark.parametrize("where", ["a page of states", "the footer", "a clock"])
 def test_damaged_states_are_made_again_and_said_so(thirty_days, world, capsys, where):
     path = sorted(thirty_days.store.glob("states/*/*.parquet"))[1]
     whole, last = path.read_bytes(), pq.read_metadata(path).num_row_groups - 1
-    page = pq.read_metadata(path).row_group(last).column(2 if where == "a watermark" else 4)
+    page = pq.read_metadata(path).row_group(last).column(2 if where == "a clock" else 4)
     end = page.data_page_offset + page.total_compressed_size
     at = len(whole) - 200 if where == "the footer" else end - 4
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    figures = thirty_days.score(world, f"after {where}", mode="incremental")
+    figures = thirty_days.score(world, f"after {where}", kind="incremental")
     assert figures["remade_buckets"] == 1 and 0 < figures["folded_events"] < figures["store_events"]
     said = [line for line in capsys.readouterr().err.splitlines() if "encoded again" in line]
     assert len(said) == 1 and str(path) in said[0]
@@ -161,7 +159,7 @@ def test_two_ranks_and_a_first_encoding_in_windows(thirty_days, world):
     names = [f"run={thirty_days.run}", "checkpoint=last", f"out={thirty_days.folder}/two", "k=6", "batch_size=5"]
     shutil.move(thirty_days.store / "states", thirty_days.folder / "states-aside")
     try:
-        figures = helpers.run("score", *names, "mode=incremental", "window=7", ranks=2)
+        figures = helpers.run("score", "incremental", *names, "window=7", ranks=2)
         assert figures["new_users"] == figures["users"] and figures["folded_events"] == figures["store_events"]
         assert "newer than the run: they count as unknown" in figures["stderr"]
         assert_same(rows(thirty_days.folder / "two"), rows(thirty_days.folder / "daily"))
@@ -174,7 +172,7 @@ FORKER = """
 import json, os, signal, sys
 from pathlib import Path
 from elastic_rec.pipeline.runtime.world import start_world
-from elastic_rec.pipeline.config.verbs import ScoreConfig
+from elastic_rec.pipeline.config.score import IncrementalScoreConfig
 from elastic_rec.pipeline.score import score
 
 def child(trial):
@@ -187,7 +185,7 @@ def child(trial):
                 os.kill(os.getpid(), signal.SIGKILL)
     world = start_world("cpu")
     sys.addaudithook(hook)
-    score(ScoreConfig(**{**trial["config"], "mode": "incremental"}), world)
+    score(IncrementalScoreConfig(**trial["config"]), world)
     sys.stderr.write(f"{seen} changes")
     os._exit(0)
 
@@ -232,11 +230,11 @@ def test_late_events(setting, world, tmp_path, late):
     own = Setting.__new__(Setting)
     own.folder, own.store, own.run = tmp_path, tmp_path / "store", setting.run
     shutil.copytree(setting.store, own.store, ignore=shutil.ignore_patterns("states"))
-    own.score(world, "daily", mode="incremental", late_events=late)
+    own.score(world, "daily", kind="incremental", late_events=late)
     add(own.store, day_file(tmp_path, 50, late=True))
-    own.score(world, "daily", mode="incremental", late_events=late)
+    own.score(world, "daily", kind="incremental", late_events=late)
     add(own.store, day_file(tmp_path, 49, late=True))
-    figures = own.score(world, "daily", mode="incremental", late_events=late)
+    figures = own.score(world, "daily", kind="incremental", late_events=late)
     assert figures["late_events"] > 10 and figures["late_users"] > 5
     own.score(world, "full", max_history=0)
     daily, full = rows(tmp_path / "daily"), rows(tmp_path / "full")
@@ -249,9 +247,9 @@ def test_late_events(setting, world, tmp_path, late):
 
 
 def test_half_precision_states_come_close(setting, world):
-    setting.score(world, "bf16", mode="incremental", state_dtype="bfloat16")
+    setting.score(world, "bf16", kind="incremental", state_dtype="bfloat16")
     add(setting.store, day_file(setting.folder, DAYS + 2))
-    setting.score(world, "bf16", mode="incremental", state_dtype="bfloat16")
+    setting.score(world, "bf16", kind="incremental", state_dtype="bfloat16")
     setting.score(world, "bf16-full", max_history=0)
     got, want = rows(setting.folder / "bf16"), rows(setting.folder / "bf16-full")
     worst = max(abs(np.subtract(row["scores"], want[user]["scores"])).max() for user, row in got.items())
@@ -261,26 +259,26 @@ def test_half_precision_states_come_close(setting, world):
 def test_the_moment_asked_for_is_asked_of_every_user(world, tmp_path):
     setting = Setting(tmp_path, "model.time=query")
     first, later = 1_000_000 + 2 * DAY_S, 1_000_000 + 90 * DAY_S
-    setting.score(world, "daily", mode="incremental", query_time=str(1_000_000 + DAY_S))
+    setting.score(world, "daily", kind="incremental", query_time=str(1_000_000 + DAY_S))
     add(setting.store, day_file(tmp_path, 1))
     for asked in (first, later):
-        figures = setting.score(world, "daily", mode="incremental", query_time=str(asked))
+        figures = setting.score(world, "daily", kind="incremental", query_time=str(asked))
         assert (figures["folded_events"] > 0) == (asked == first), "the later question needs no event"
         setting.score(world, f"full-{asked}", max_history=0, query_time=str(asked))
         assert_same(rows(tmp_path / "daily"), rows(tmp_path / f"full-{asked}"))
     assert differing(rows(tmp_path / f"full-{first}"), rows(tmp_path / f"full-{later}"))
     with pytest.raises(ConfigError, match="depend on when they are asked for: set query_time"):
-        setting.score(world, "refused", mode="incremental")
+        setting.score(world, "refused", kind="incremental")
     with pytest.raises(ConfigError, match="is before the store's newest event"):
-        setting.score(world, "refused", mode="incremental", query_time="1970-01-05")
+        setting.score(world, "refused", kind="incremental", query_time="1970-01-05")
 
 
 def test_refusals(setting, world, tmp_path):
     with pytest.raises(ConfigError, match=r"query_time=now, but the run was trained with model.time=past"):
         setting.score(world, "refused", query_time="now")
     with pytest.raises(ConfigError, match="made with step=12, asked for now: 6"):
-        setting.score(world, "daily", mode="incremental", checkpoint="6")
+        setting.score(world, "daily", kind="incremental", checkpoint="6")
     with pytest.raises(ConfigError, match="made with mode='incremental', asked for now: 'full'"):
         setting.score(world, "daily")
-    with pytest.raises(ValueError, match="a state holds all events"):
-        ScoreConfig(mode="incremental", max_history=50)
+    with pytest.raises(TypeError, match="max_history"):  # a state holds all events
+        score_config("incremental", max_history=50)

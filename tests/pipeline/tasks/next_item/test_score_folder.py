@@ -26,12 +26,14 @@ from test_ranking_task import RANKING
 
 from elastic_rec.feature_store.utils.checked_json import fault_in, read_checked
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.pipeline.config.training import RunConfig
-from elastic_rec.pipeline.config.verbs import DemoConfig, EvaluateConfig, ScoreConfig
+from elastic_rec.pipeline.config.demo import DemoConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.score import RankingScoreConfig, ScoreConfig
+from elastic_rec.pipeline.config.train import RunConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World, start_world
 
-MODES = ["full", "incremental"]
+KINDS = ["full", "incremental"]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +74,10 @@ def is_whole(out: Path) -> bool:
     return fault_in(out, parts) == "" and parts.keys() == {path.name for path in out.glob("*.parquet")}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_it_is_a_dataset(run, world, tmp_path, mode):
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_a_dataset(run, world, tmp_path, kind):
     out = tmp_path / "out"
-    score_run(world, run, out, mode=mode)
+    score_run(world, run, out, kind=kind)
     assert sorted(path.name for path in out.iterdir()) == [
         "_job.json", "_manifest.json", "part-00000.parquet", "part-00001.parquet"
     ]  # fmt: skip
@@ -87,7 +89,7 @@ def test_it_is_a_dataset(run, world, tmp_path, mode):
     found = duckdb.sql(f"select user_id from read_parquet('{out}/*.parquet') order by user_id").fetchall()
     assert [user for (user,) in found] == users
     assert is_whole(out)
-    score_run(world, run, out, mode=mode)
+    score_run(world, run, out, kind=kind)
     assert not (out / ".part-00000.parquet.tmp").exists()
 
 
@@ -103,12 +105,12 @@ def test_it_is_a_dataset_for_spark(out):
         spark.stop()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended job", "killed job"])
-def test_a_damaged_part_is_scored_again(run, world, tmp_path, mode, ended, capsys):
+def test_a_damaged_part_is_scored_again(run, world, tmp_path, kind, ended, capsys):
     """Of an ended job every flipped bit is noticed; of a killed one every bit that changes what is read."""
-    out, rng = tmp_path / "out", random.Random(mode)
-    score_run(world, run, out, mode=mode)
+    out, rng = tmp_path / "out", random.Random(kind)
+    score_run(world, run, out, kind=kind)
     want, whole = rows(out), {path: path.read_bytes() for path in out.glob("*.parquet")}
     for _ in range(4):
         for path in sorted(whole):
@@ -116,7 +118,7 @@ def test_a_damaged_part_is_scored_again(run, world, tmp_path, mode, ended, capsy
         if not ended:
             (out / "_manifest.json").unlink(missing_ok=True)
         capsys.readouterr()
-        figures = score_run(world, run, out, mode=mode)
+        figures = score_run(world, run, out, kind=kind)
         told = capsys.readouterr().err
         if ended:
             assert figures["skipped_parts"] == 0 and told.count("is damaged") == told.count("scored again") == 2
@@ -181,12 +183,12 @@ def test_what_is_in_the_job_file_decides(run, world, out):
 def test_other_candidates_are_another_job(ranking, world, tmp_path):
     path, out = tmp_path / "candidates.parquet", tmp_path / "out"
     pq.write_table(pa.table({"user_id": [1, 2, 3], "item_id": [101, 102, 103]}), path, compression="none")
-    score_run(world, ranking, out, candidates=str(path))
+    score_run(world, ranking, out, kind="ranking", candidates=str(path))
     size = path.stat().st_size
     pq.write_table(pa.table({"user_id": [1, 2, 3], "item_id": [101, 102, 104]}), path, compression="none")
     assert path.stat().st_size == size, "nor by name, size or rows to be told from it"
     with pytest.raises(ConfigError, match="made with candidates="):
-        score_run(world, ranking, out, candidates=str(path))
+        score_run(world, ranking, out, kind="ranking", candidates=str(path))
 
 
 HOLDER = """
@@ -247,7 +249,7 @@ def test_runs_and_scores_are_local(url, tmp_path, monkeypatch):
     for key, make in makers.items():
         with pytest.raises(ValueError, match=f"^{key}={url}: runs and scores are on the local disk"):
             make()
-    assert ScoreConfig(candidates=url).candidates == url, "what is read may be elsewhere"
+    assert RankingScoreConfig(candidates=url).candidates == url, "what is read may be elsewhere"
     for make in (lambda: ScoreConfig(run=url), lambda: DemoConfig(out=url), lambda: config_of(f"run.dir={url}")):
         with pytest.raises(ValueError, match="are on the local disk"):
             make()

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.tasks.next_item import sharded_topk as retrieval
-from elastic_rec.pipeline.tasks.next_item.metrics import MISS, Coverage, RankingMetrics
+from elastic_rec.pipeline.tasks.next_item.metrics import MISS, Coverage, RetrievalMetrics
 
 NUM_ITEMS, FIRST, WIDTH = 53, 2, 8
 
@@ -132,7 +132,7 @@ def test_metrics_equal_their_definitions(world):
     ranks = torch.tensor([0, 4, 5, 9, 10, 99, MISS])
     lengths = torch.tensor([1, 19, 20, 49, 50, 500, 49])
     kinds = torch.tensor([0, 2, 2, 0, 2, 2, 0])
-    metrics = RankingMetrics(k=[5, 10], length_edges=[20, 50], device=world.device)
+    metrics = RetrievalMetrics(k=[5, 10], length_edges=[20, 50], device=world.device)
     metrics.update(ranks[:2], lengths[:2], kinds[:2])
     metrics.update(ranks[2:], lengths[2:], kinds[2:])
     got = metrics.compute()
@@ -148,10 +148,10 @@ def test_metrics_equal_their_definitions(world):
     repeat, new = got["by_target"].values()
     assert (repeat["users"], new["users"]) == (3, 4) and repeat["share"] == pytest.approx(3 / 7)
     assert repeat["hr@10"] == pytest.approx(2 / 3) and repeat["mrr"] == pytest.approx((1 + 1 / 10) / 3)
-    missed = RankingMetrics(k=[5, 10], length_edges=[20], device=world.device)
+    missed = RetrievalMetrics(k=[5, 10], length_edges=[20], device=world.device)
     missed.update(*(torch.tensor([value]) for value in (MISS, 3, 0)))
     assert missed.compute()["mrr"] == 0
-    whole = RankingMetrics(k=[10], length_edges=[], device=world.device)
+    whole = RetrievalMetrics(k=[10], length_edges=[], device=world.device)
     whole.update(ranks, lengths, kinds)
     assert whole.compute()["by_length"]["0+"]["users"] == 7
 

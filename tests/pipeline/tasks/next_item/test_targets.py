@@ -11,9 +11,11 @@ import torch.distributed as dist
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.splits import SplitConfig
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.verbs import EvaluateConfig, TrainConfig
+from elastic_rec.pipeline.config.evaluate import EvaluateConfig
+from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.evaluate import run_evaluation
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import start_world
@@ -156,7 +158,7 @@ def test_targets_of_an_earlier_version_were_trained_on(world, tmp_path):
     store = store_of(tmp_path, *([list(range(8))] * 9))
     day = pa.table({"user_id": range(9), "item_id": [3] * 9, "timestamp": [8 * 86_400] * 9})
     pq.write_table(day, tmp_path / "day8.parquet")
-    append(IngestConfig(mode="append", input=[str(tmp_path / "day8.parquet")], out=store, threads=1))
+    append(AppendConfig(input=[str(tmp_path / "day8.parquet")], store=store, threads=1))
     config = config_of(store)
     config.run.dir, config.memory.num_keys, config.optim.max_steps = str(tmp_path / "run"), 4, 1
     config.model.width, config.model.heads, config.model.layers, config.model.experts = 8, 2, 1, 2

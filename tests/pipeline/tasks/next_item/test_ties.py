@@ -20,7 +20,7 @@ def world():
     dist.destroy_process_group()
 
 
-def nobody() -> tuple[torch.Tensor, torch.Tensor]:
+def padding_histories() -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.zeros(0, dtype=torch.int64),) * 2
 
 
@@ -44,7 +44,7 @@ def test_equal_scores_are_worth_chance_not_popularity(world):
     mass_V /= mass_V.sum()
     targets = torch.arange(FIRST, FIRST + num_items)
     zeros = catalogue(world, torch.zeros(FIRST + num_items, 4))
-    rank, _ = zeros.rank_targets(torch.ones(num_items, 4), targets, nobody())
+    rank, _ = zeros.rank_targets(torch.ones(num_items, 4), targets, padding_histories())
     assert sorted(rank.tolist()) == list(range(num_items))
     assert mass_V[:10].sum() > 0.45, "what popularity would give"
     assert mass_V[rank.numpy() < 10].sum() < 0.1
@@ -58,7 +58,7 @@ def test_scores_that_are_no_numbers_are_refused(world, number):
     weight_VD = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     weight_VD[7, 1] = number
     for ask in (
-        lambda broken: broken.rank_targets(torch.ones(3, 4), torch.tensor([7, 8, 9]), nobody()),
+        lambda broken: broken.rank_targets(torch.ones(3, 4), torch.tensor([7, 8, 9]), padding_histories()),
         lambda broken: broken.top_k(torch.ones(3, 4), 5),
     ):
         with pytest.raises(NonFiniteError, match="a score is NaN or infinite"):
@@ -73,6 +73,6 @@ def test_a_nan_is_the_worst_rank_should_one_ever_pass(world, monkeypatch):
     monkeypatch.setattr("elastic_rec.pipeline.tasks.next_item.sharded_topk.ScoreWatch.check", lambda self, world: None)
     weight_VD = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     weight_VD[7] = float("nan")
-    rank, _ = catalogue(world, weight_VD).rank_targets(torch.ones(2, 4), torch.tensor([7, 8]), nobody())
+    rank, _ = catalogue(world, weight_VD).rank_targets(torch.ones(2, 4), torch.tensor([7, 8]), padding_histories())
     assert rank[0] >= 37, "as a target: below every other item"
     assert rank[1] >= 1, "as a rival: above the target"

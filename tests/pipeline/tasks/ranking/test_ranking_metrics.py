@@ -15,7 +15,7 @@ import warm_ranks
 
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.tasks.ranking import open_users, score_counts
-from elastic_rec.pipeline.tasks.ranking.metrics import RankingFigures, grouped_auc, ndcg
+from elastic_rec.pipeline.tasks.ranking.metrics import RankingMetrics, grouped_auc, ndcg
 from elastic_rec.pipeline.tasks.ranking.score_counts import ScoreCounts
 
 EDGES = [50, 20]
@@ -50,7 +50,7 @@ class Stage:
 
     def figures(self, world: World, *, num_batches: int) -> dict:
         """Batches of far-apart impressions, dealt to the ranks."""
-        figures = RankingFigures(labels=["click", "kept"], length_edges=EDGES, world=world)
+        figures = RankingMetrics(labels=["click", "kept"], length_edges=EDGES, world=world)
         for number in range(num_batches):
             chosen = np.arange(len(self.owner))[number::num_batches]
             figures.update(*self.batch(chosen[world.rank :: world.size]))
@@ -222,7 +222,7 @@ def test_memory_does_not_grow_with_candidates(world, monkeypatch):
     monkeypatch.setattr(open_users, "LOOK_AT", 1 << 10)
     rng, peaks = np.random.default_rng(0), []
     for num_batches in (30, 300):
-        figures = RankingFigures(labels=["click"], length_edges=[], world=world)
+        figures = RankingMetrics(labels=["click"], length_edges=[], world=world)
         tracemalloc.start()
         for number in range(num_batches):
             figures.update(*whole_users(rng, number))

@@ -19,13 +19,15 @@ from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.models.ranking.config import RankingConfig
 from elastic_rec.models.ranking.model import RankingModel
-from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
+from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.config.data import DataConfig
-from elastic_rec.pipeline.config.verbs import ScoreConfig, Task, TrainConfig
+from elastic_rec.pipeline.config.score import RankingScoreConfig
+from elastic_rec.pipeline.config.train import TaskName, TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError, NonFiniteError
 from elastic_rec.pipeline.runtime.world import World, start_world
-from elastic_rec.pipeline.tasks.ranking.scoring import Part, Requests, score_candidates
+from elastic_rec.pipeline.tasks.ranking.scoring import RankingScoring, Requests, RowRange
 from elastic_rec.pipeline.tasks.ranking.task import RankingTask
+from elastic_rec.pipeline.tasks.scoring import score_parts
 from elastic_rec.pipeline.training.checkpoints import Checkpoints
 
 
@@ -44,13 +46,13 @@ def world():
 
 def make_task(folder: Path, world: World, valid_time: str = "70%", test_time: str = "85%") -> RankingTask:
     config = TrainConfig(
-        task=Task.ranking,
+        task=TaskName.ranking,
         data=DataConfig(
             store=f"{folder}/store",
             columns=["action"],
             impression_split=ImpressionSplit(valid_time=valid_time, test_time=test_time),
         ),
-        model=TowerConfig(width=16, experts=2, attention="causal"),
+        model=TowerConfig(width=16, experts=2, tower="elastic_causal"),
         memory=MemoryConfig(num_keys=8),
         ranking=RankingConfig(hidden=[8]),
     )
@@ -58,7 +60,7 @@ def make_task(folder: Path, world: World, valid_time: str = "70%", test_time: st
 
 
 def evaluate(task: RankingTask, model: RankingModel, stage: str) -> dict:
-    return task.evaluate(model, stage=stage, length_edges=[], batch_size=8)
+    return task.measure(model, stage=stage, length_edges=[], batch_size=8)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -74,9 +76,10 @@ def test_logits_that_are_not_finite_are_refused(folder, world, tmp_path, number)
         with pytest.raises(NonFiniteError, match=r"a logit is nan in a list of user \d+, item \d+: take an earlier"):
             evaluate(task, model, stage)
     Checkpoints(tmp_path, world=world).save(model, CombinedOptimizer([]), {"step": 1}, best_step=1)
-    config = ScoreConfig(run=str(tmp_path), out=f"{tmp_path}/scores", candidates=f"{tmp_path}/lists.parquet")
+    config = RankingScoreConfig(run=str(tmp_path), out=f"{tmp_path}/scores", candidates=f"{tmp_path}/lists.parquet")
+    scoring = RankingScoring(task, model, step=1, fingerprint="of no file", config=config)
     with pytest.raises(NonFiniteError, match="a logit is nan in a list of user"):
-        score_candidates(task, model, step=1, fingerprint="of no file", config=config)
+        score_parts(scoring, out=tmp_path / "scores", world=world)
     assert not list((tmp_path / "scores").glob("part-*"))
 
 
@@ -88,7 +91,9 @@ def test_candidates_of_types_that_would_be_taken_for_others(folder, world, tmp_p
     def read(**columns: pa.Array) -> Requests:
         table = pa.table({name: columns.get(name, rows[name]) for name in rows.column_names})
         pq.write_table(table, tmp_path / "c.parquet")
-        return Requests.read(Part(0, open_location(tmp_path / "c.parquet"), 0, 0, 2), task, timestamp_unit="s")
+        config = RankingScoreConfig(run=str(tmp_path), candidates=str(tmp_path / "c.parquet"))
+        scoring = RankingScoring(task, None, step=1, fingerprint="of no file", config=config)
+        return Requests.read(scoring, RowRange(0, open_location(tmp_path / "c.parquet"), 0, 0, 2))
 
     assert read(device=pa.array([None, "tv"]).dictionary_encode()).context["device"].values[0] == 1
     for device in (pa.array([bytes(16)] * 2, pa.uuid()), pa.array([{"a": 1}] * 2), pa.array([1, 2])):

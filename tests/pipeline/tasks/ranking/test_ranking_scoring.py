@@ -1,4 +1,4 @@
-"""score.py task=ranking: the model's own scores in the input's order, on any number of ranks, resumed by part."""
+"""score.py ranking: the model's own scores in the input's order, on any number of ranks, resumed by part."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import Vocabulary
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.pipeline.config.training import ParallelConfig
-from elastic_rec.pipeline.config.verbs import ScoreConfig
+from elastic_rec.pipeline.config.parallel import ParallelConfig
+from elastic_rec.pipeline.config.score import RankingScoreConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import start_world
 from elastic_rec.pipeline.tasks.ranking.scoring import _context, _plan
@@ -48,7 +48,7 @@ def read(out: Path) -> pa.Table:
 def test_scores_are_those_of_evaluation_in_the_input_order_and_resumed(run):
     lists = impression_lists(run)
     pq.write_table(lists, run / "lists.parquet", row_group_size=50)
-    arguments = ["task=ranking", f"run={run}/run", f"candidates={run}/lists.parquet", "part_rows=20", "batch_size=7"]
+    arguments = ["ranking", f"run={run}/run", f"candidates={run}/lists.parquet", "part_rows=20", "batch_size=7"]
     figures = helpers.run("score", *arguments, f"out={run}/scores")
     scored = read(run / "scores")
     assert scored["user_id"].to_pylist() == lists["user_id"].to_pylist()
@@ -112,7 +112,7 @@ def test_without_times_the_whole_history_counts_and_strangers_are_scored(run):
     (run / "lists/_SUCCESS").touch()
     pq.write_table(some, run / "lists/dt=1/000000_0")
     pq.write_table(some.slice(0, 0), run / "lists/000001_0")
-    figures = helpers.run("score", f"run={run}/run", f"candidates={run}/lists", f"out={run}/single")
+    figures = helpers.run("score", "ranking", f"run={run}/run", f"candidates={run}/lists", f"out={run}/single")
     scored = read(run / "single")
     assert scored["item_id"].to_pylist() == [101, 101, 102, 77777] and scored.schema.field("click").type == pa.float32()
     assert figures["unknown_candidates"] == 1 and figures["rows_without_history"] == 1
@@ -122,18 +122,19 @@ def test_without_times_the_whole_history_counts_and_strangers_are_scored(run):
 
 
 def test_mistakes_are_named(run):
-    base = [f"run={run}/run", f"out={run}/x"]
+    base = ["ranking", f"run={run}/run", f"out={run}/x"]
     code, text = helpers.fail("score", *base)
     assert code == 2 and "candidates=''" in text
-    code, text = helpers.fail("score", *base, "task=next_item", f"candidates={run}/lists.parquet")
-    assert code == 2 and "trained with task=ranking" in text
+    for command in ([], ["full"], ["incremental"]):
+        code, text = helpers.fail("score", *command, *base[1:])
+        assert code == 2 and "trained with task=ranking: use score.py ranking" in text
     code, text = helpers.fail("score", *base, f"candidates={run}/items.parquet")
     assert code == 2 and "no column 'user_id'" in text
     for candidates, match in ((run / "none", "no file matches"), (run / "mixed", r"b\.csv: is named csv")):
         (run / "mixed").mkdir(exist_ok=True)
         (run / "mixed/b.csv").write_text("user_id,item_id\n1,2\n")
         with pytest.raises(ConfigError, match=f"candidates: .*{match}"):
-            _plan(None, ScoreConfig(run="r", out="o", candidates=str(candidates)))
+            _plan(None, RankingScoreConfig(run="r", out="o", candidates=str(candidates)))
     pq.write_table(pa.table({"user_id": ["a"], "item_id": [101]}), run / "strings.parquet")
     code, text = helpers.fail("score", *base, f"candidates={run}/strings.parquet")
     assert code == 2 and "not of the store's type" in text
