@@ -29,9 +29,11 @@ test: install ## run the tests
 soak: install ## inject faults for MINUTES minutes (default 5) and print what was survived
 	@$(BIN)/python tests/soak/run.py --minutes $(MINUTES) $(ARGS)
 
-lint: install ## ruff: rules and format, changes nothing
+lint: install ## ruff (rules, format), codespell and mypy; changes nothing
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/codespell
+	@$(BIN)/python -m mypy
 
 format: install ## ruff: put right what it can
 	@$(BIN)/python -m ruff check --fix .
@@ -42,5 +44,5 @@ docs: install ## regenerate docs/reference from the config classes
 
 clean: ## remove build products and caches; .venv, data and runs stay
 	@rm -rf build dist *.egg-info packaging/fbgemm-gpu-shim/build packaging/fbgemm-gpu-shim/*.egg-info
-	@rm -rf .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .pytest_cache .ruff_cache .hypothesis .mypy_cache
 	@find configs feature_store models pipeline tests packaging -name __pycache__ -type d -prune -exec rm -rf {} +

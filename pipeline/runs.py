@@ -14,10 +14,10 @@ Legend: B users, T their events end to end, V items, C candidates, D width, L la
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ class Run:
         given, wanted = columns or {}, self.columns[1:]
         if sorted(given) != sorted(wanted):
             raise ValueError(f"columns={sorted(given)}, but the run reads {wanted} beside the item: give these")
-        events = Lists.of(items, "items", like=states and states.users)
+        events = Lists.of(items, "items", like=None if states is None else states.users)
         lengths_B, num_users = events.lengths_B, len(events.lengths_B)
         rows = {"item": self._index["item"].encode(events.flat, where="items")}
         for name in wanted:
@@ -210,7 +210,7 @@ class Run:
         shown = Lists.of(candidates, "candidates", like=states.users)
         batch = self._impressions(states, shown, context or {})
         batch.query_gap_s = torch.from_numpy(self._gaps(states, at))
-        output = self._output(states) if self._is_causal else None
+        output = self._output(states) if states.histories is None else None
         logits_CL = self.model.score(batch.to(self._device), output)
         require_finite(logits_CL, "a logit", row_name="candidate {} of the call".format)
         scores_CL, edges = torch.sigmoid(logits_CL).cpu().numpy(), shown.offsets_B1
@@ -225,13 +225,12 @@ class Run:
         """
         if not self._is_causal:
             raise ValueError(NOT_CAUSAL)
-        is_one_user = isinstance(data, bytes)
-        rows = [np.frombuffer(row, np.uint8) for row in ([data] if is_one_user else data)]
+        rows = [np.frombuffer(row, np.uint8) for row in ([data] if isinstance(data, bytes) else data)]
         if len(sizes := {len(row) for row in rows}) != 1:
             raise StateError(f"states of {sorted(sizes)} bytes in one call: give one or more, of one model")
         state = UserState.from_bytes(np.stack(rows), self.model.tower)
         newest_B = torch.where(state.count_B > 0, state.newest_s_B, -1).cpu().numpy()
-        return UserStates(newest_B, np.zeros(len(rows), np.int64), is_one_user, state=state)
+        return UserStates(newest_B, np.zeros(len(rows), np.int64), isinstance(data, bytes), state=state)
 
     def _batch(self, histories: Sequences, first_B: np.ndarray) -> PrefixBatch:
         """All events but each user's first_B first ones, as one batch."""
@@ -252,7 +251,7 @@ class Run:
             problem = "its scores depend on when they are asked for: give at=" if at is None else "leave `at` out"
             raise ValueError(f"at={at}, but the run was trained with model.time={time.value}: {problem}")
         gap_B = torch.from_numpy(self._gaps(states, at)).to(self._device)
-        if self._is_causal:
+        if states.histories is None:
             return self.model.ask(self._output(states), gap_B)
         lengths_B = np.diff(states.histories.offsets)
         batch = self._batch(states.histories, np.maximum(lengths_B - self.task.config.data.max_history, 0))
@@ -276,12 +275,13 @@ class Run:
     def _places(self, states: UserStates, exclude: Users, ids_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(user, place in ids_V) of each excluded item that is there."""
         if not len(exclude) or not len(ids_V):
-            return (torch.zeros(0, dtype=torch.int64, device=self._device),) * 2
+            nowhere = torch.zeros(0, dtype=torch.int64, device=self._device)
+            return nowhere, nowhere
         left_out = Lists.of(exclude, "exclude", like=states.users)
         items, ids = self._index["item"].encode(left_out.flat, where="exclude"), ids_V.cpu().numpy()
         place = np.searchsorted(ids, items).clip(max=len(ids) - 1)
         is_there, owner = ids[place] == items, np.repeat(np.arange(len(states)), left_out.lengths_B)
-        return tuple(torch.from_numpy(each[is_there]).to(self._device) for each in (owner, place))
+        return torch.from_numpy(owner[is_there]).to(self._device), torch.from_numpy(place[is_there]).to(self._device)
 
     def _decoded(self, key_Bk: torch.Tensor) -> list[list[tuple[Any, float]]]:
         ids_Bk, score_Bk = (found.cpu().numpy() for found in from_sort_key(key_Bk))
@@ -324,7 +324,7 @@ class Run:
         return Bags(offsets_of(lengths), self._index[name].encode(flat, where=f"context {name}"))
 
 
-def load(run: str | os.PathLike, *, checkpoint: str = "best", store: str = "", device: str = "cpu") -> Run:
+def load(run: str | Path, *, checkpoint: str = "best", store: str = "", device: str = "cpu") -> Run:
     """A run folder -> a Run. checkpoint: "best", "last" or a step number. device: of torch.
 
     store: where the run's history store is now, if it was moved; only its vocabularies are read. The digests of the

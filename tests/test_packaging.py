@@ -14,12 +14,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import structure
 
 from elastic_rec.configs.stack import describe_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "feature_store", "models", "pipeline")
 FACE = "packaging/elastic_rec"
+LEAST_DOCUMENTED = 0.74  # share of public classes, functions and methods
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -114,6 +116,76 @@ def test_ruff_rejects_imports_that_bypass_the_import_root(room):
         [*command, "--stdin-filename", "x.py", "-"], cwd=ROOT, input=code, capture_output=True, text=True
     )
     assert [(hit["code"], hit["location"]["row"]) for hit in json.loads(done.stdout)] == [("TID251", 1), ("TID251", 2)]
+
+
+# folder -> room -> the rooms it may import (tests/support/structure.py). A new arrow is a decision: it comes in here.
+ALLOWED = {
+    "feature_store": {
+        "inspection": {"ingestion", "reading", "states", "table", "utils"},
+        "reading": {"batches", "ingestion", "table", "utils"},
+        "states": {"batches", "table", "utils"},
+        "datasets": {"ingestion", "utils"},
+        "batches": {"table", "utils"},
+        "ingestion": {"table", "utils"},
+        "table": {"utils"},
+        "utils": set(),
+    },
+    "models": {
+        "ranking": {"dropout", "retrieval", "towers"},
+        "retrieval": {"dropout", "ops", "towers"},
+        "towers": {"dropout", "jagged", "ops"},
+        "ops": {"jagged"},
+        "dropout": set(),
+        "jagged": set(),
+    },
+    "pipeline": {
+        "train": {"config", "runtime", "tasks", "training"},
+        "evaluate": {"config", "runtime", "tasks", "training"},
+        "score": {"config", "runtime", "tasks", "training"},
+        "runs": {"runtime", "tasks", "training"},
+        "benchmark": {"config", "reports", "runtime"},
+        "demo": {"config", "reports", "runtime"},
+        "describe": {"config", "reports", "runtime"},
+        "ingest": {"config", "runtime"},
+        "verify": {"config", "runtime"},
+        "training": {"config", "runtime", "tasks"},
+        "tasks": {"config", "runtime"},
+        "reports": {"config", "runtime"},
+        "runtime": {"config"},
+        "config": set(),
+    },
+}
+MOST = {"feature_store": (9, 6), "models": (9, 6), "pipeline": (14, 6)}  # rooms, levels
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_rooms_import_only_what_they_may(folder):
+    found = structure.arrows(folder)
+    assert found.keys() == ALLOWED[folder].keys()
+    assert {
+        name: others - ALLOWED[folder][name] for name, others in found.items() if others - ALLOWED[folder][name]
+    } == {}
+    rooms, levels = MOST[folder]
+    assert len(found) <= rooms and max(structure.levels(found).values()) <= levels
+
+
+def test_a_circle_of_rooms_is_noticed():
+    assert structure.levels({"a": {"b"}, "b": set(), "c": {"a", "b"}}) == {"b": 1, "a": 2, "c": 3}
+    with pytest.raises(ValueError, match=r"a circle among \['a', 'b'\]"):
+        structure.levels({"a": {"b"}, "b": {"a"}, "c": set()})
+
+
+def test_no_file_and_no_function_is_long():
+    lines = {str(file): len((ROOT / file).read_text().splitlines()) for file in structure.files()}
+    assert {file: count for file, count in lines.items() if count > 400} == {}
+    assert {name: count for name, count in structure.functions().items() if count > 60} == {}
+
+
+def test_what_is_public_says_what_it_does():
+    documented = {name: has for file in structure.files() for name, has in structure.public(file).items()}
+    missing = [name for name, has in documented.items() if not has]
+    share = 1 - len(missing) / len(documented)
+    assert len(documented) > 800 and share >= LEAST_DOCUMENTED, f"{share:.3f} are documented, not {missing}"
 
 
 def test_no_file_imports_past_the_import_root_or_against_the_grain():

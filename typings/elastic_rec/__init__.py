@@ -1,0 +1,1 @@
+../../packaging/elastic_rec/__init__.py

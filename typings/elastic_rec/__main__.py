@@ -1,0 +1,1 @@
+../../packaging/elastic_rec/__main__.py
