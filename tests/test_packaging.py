@@ -73,6 +73,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_every_module_and_yaml_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = [path for room in ROOMS for path in python_files(room)] + sorted((ROOT / "configs").rglob("*.yaml"))
+    expected.append(ROOT / "pipeline/reports/store_page.html")
     assert names == {"elastic_rec/" + path.relative_to(ROOT).as_posix() for path in expected}
 
 
