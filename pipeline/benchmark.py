@@ -47,6 +47,7 @@ SUITES = {
 
 @verb("benchmark", BenchmarkConfig)
 def main(config: BenchmarkConfig) -> dict:
+    """Runs one suite; with check=true a missed target ends the process with exit code 1."""
     figures, missed = run(SUITES[config.suite], config, device=_device(config.device), log=_log)
     if config.check and missed:
         print(to_json(figures))

@@ -38,7 +38,7 @@ def store_result(trial: Path) -> dict[str, Any]:
     path = trial / "store/manifest.json"
     manifest = json.loads(path.read_bytes()) if path.exists() else {}
     entries = manifest.get("source", {}).get("files", [])
-    for entry, names in [(manifest, ("version", "hash")), *((entry, ("version",)) for entry in entries)]:
+    for entry, names in [(manifest, ("generation", "hash")), *((entry, ("generation",)) for entry in entries)]:
         for name in names:
             entry.pop(name, None)
     files = {name: digest for name, digest in tree(trial).items() if not name.startswith("store/manifest")}
