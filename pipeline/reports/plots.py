@@ -37,7 +37,7 @@ def save(figure: Figure, target: Path) -> None:
 def plot_run(run_dir: Path, target: Path, *, popularity: float) -> Path:
     """Training loss by step and validation HR@10 by epoch, from metrics.jsonl. Returns target.
 
-    popularity: test HR@10 of that baseline, drawn beside them.
+    popularity: test HR@10 of that baseline, drawn as a line.
     """
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]

@@ -117,7 +117,7 @@ def _heads_call(heads: Heads, candidates: int, width: int) -> Callable[[], objec
 
 
 def _rest(candidates: int, width: int) -> tuple:
-    """What heads see beside what was read: candidates, gap; no attributes, hence no batch."""
+    """The other inputs of the heads: candidates and gap. There are no attributes, so no batch is needed."""
     return torch.randn(candidates, width), torch.randn(candidates, 1, width), None, None, None
 
 

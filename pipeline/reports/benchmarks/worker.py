@@ -17,8 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -107,6 +106,7 @@ def _serve(pipe: Connection, setup: Setup, threads: int, memory_limit_gib: float
     _ = setup.table_VD  # before the limit, which is on what a call allocates
     _limit_memory(setup.device, memory_limit_gib)
     gc.disable()
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # or the profiler writes a line to stderr at each start and stop
     calls: dict[tuple[str, str, int], Callable[[], None]] = {}
     while True:
         try:
@@ -165,14 +165,8 @@ def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
-    seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _quiet_stderr():
-        seen.start()
-    try:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-    finally:  # also when memory runs out: a profiler left on would slow every later call
-        with _quiet_stderr():
-            seen.stop()
     seconds = time.perf_counter() - start
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -180,20 +174,6 @@ def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
         held += event.nbytes()
         peak = max(peak, held)
     return peak, seconds
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """The profiler's C++ side writes a line at each start and stop, past sys.stderr."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _limit_memory(device: str, gib: float) -> None:
