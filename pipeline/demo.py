@@ -24,6 +24,7 @@ PIPELINE = Path(__file__).parent
 
 @verb("demo", DemoConfig)
 def main(config: DemoConfig) -> dict:
+    """Runs the verbs one after another; returns metrics, paths, and the seconds of each verb."""
     out = Path(config.out)
     _empty(out)
     seconds: dict[str, float] = {}
@@ -69,8 +70,8 @@ def _run(name: str, overrides: tuple[str, ...], *, ranks: int) -> dict:
         python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [*python, str(PIPELINE / f"{name}.py"), *overrides]
     print("\n$ " + " ".join(command), file=sys.stderr, flush=True)
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))  # torchrun's own default is 1, and it says so at length
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    threads = max(1, (os.cpu_count() or 1) // ranks)  # torchrun's own default is 1, with a long warning
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as done:
         try:
             output, _ = done.communicate()
@@ -80,12 +81,12 @@ def _run(name: str, overrides: tuple[str, ...], *, ranks: int) -> dict:
     if done.returncode == EXIT_UNAVAILABLE:
         raise DatasetUnavailable("none of the sources of this data set can be reached (see above)")
     if done.returncode != 0:
-        raise ConfigError(f"{name} failed with exit code {done.returncode}; its message stands above")
+        raise ConfigError(f"{name} failed with exit code {done.returncode}; its message is above")
     return json.loads(output.strip().splitlines()[-1])
 
 
 def _empty(out: Path) -> None:
-    """Start afresh, but never remove a folder that is not an earlier demo's."""
+    """Empties the folder, unless it is not an earlier demo's."""
     marker = out / ".demo"
     if out.exists():
         if not marker.exists() and any(out.iterdir()):

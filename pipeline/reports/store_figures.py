@@ -1,4 +1,4 @@
-"""What is said of a history store, as plain figures: for the last line of describe.py, its summary and its page."""
+"""A history store in plain figures: for the last line of describe.py, its summary and its page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ TOP_VALUES = 12
 
 
 def store_figures(store: Store, statistics: StoreStatistics, max_history: list[int]) -> dict:
-    """Times in seconds, shares from 0 to 1."""
+    """All figures of the store by name. Times in seconds, shares from 0 to 1, sizes in bytes.
+
+    max_history: limits on the history, in events; the figures say what each would cut.
+    """
     unit = UNITS_PER_SECOND[store.time_unit]
     first_s, last_s = store.time_range_s()
     return {
@@ -51,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def headlines(figures: dict) -> str:
-    """A few lines for the terminal."""
+    """A few lines for the terminal. figures: of store_figures()."""
     lengths, gaps, items = figures["lengths"], figures["gaps"], figures["popularity"]
     cut = "; ".join(f"{limit:,} keeps {1 - c['events_cut']:.1%}" for limit, c in figures["max_history"].items())
     lines = {
@@ -127,10 +130,9 @@ def _named(store: Store, column: str, indices: np.ndarray, counts: np.ndarray) -
 
 
 def _versions(store: Store) -> list[dict]:
-    """Those that are there, oldest first."""
-    numbers = filed_versions(store.path) or [store.version]
+    """The versions that are kept, oldest first."""
     entries = []
-    for number in numbers:
+    for number in filed_versions(store.path) or [store.version]:
         manifest = store.manifest if number == store.version else read_manifest(store.path, number)
         inputs = [entry for entry in manifest.source.files if entry.version == number]
         entries.append(
