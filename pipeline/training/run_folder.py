@@ -173,7 +173,8 @@ def load_model(
     not shape the model. check: called with the task before anything is built. Returns (task, unwrapped sharded model
     in eval mode, step). Raises NonFiniteError for weights that are no numbers.
     """
-    task = open_task(config or read_config(run), run, world=world, store=store)
+    config = config or read_config(run)
+    task = open_task(config, run, world=world, store=store)
     check(task)
     checkpoints = Checkpoints(Path(run), world=world)
     step = choose_step(checkpoints, checkpoint)
