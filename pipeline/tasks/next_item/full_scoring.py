@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.models.towers.elastic.config import Attention
 from elastic_rec.pipeline.config.score import FullScoreConfig
 from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
-from elastic_rec.pipeline.tasks.next_item.data import NextItemData
 from elastic_rec.pipeline.tasks.next_item.evaluation import query_windows
-from elastic_rec.pipeline.tasks.next_item.query_time import query_gaps, with_query_gap
-from elastic_rec.pipeline.tasks.next_item.top_k import TopKScoring
+from elastic_rec.pipeline.tasks.next_item.topk_scoring import TopKScoring, with_query_gap
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
-from elastic_rec.pipeline.tasks.scoring import ALL
+from elastic_rec.pipeline.tasks.scoring import ALL, Part
 
 
 class FullScoring(TopKScoring):
@@ -27,17 +26,10 @@ class FullScoring(TopKScoring):
 
     command, config_type = "full", FullScoreConfig
 
-    def __init__(
-        self, task: NextItemData, model: nn.Module, *, step: int, fingerprint: str, config: FullScoreConfig
-    ) -> None:
-        """As TopKScoring has it."""
-        super().__init__(task, model, step=step, fingerprint=fingerprint, config=config)
-        self.settings |= {
-            "store": task.store.manifest["hash"],
-            "max_history": task.config.data.max_history,
-            "query_time": self.asked_s,
-            "model": fingerprint,
-        }
+    def open(self) -> dict[str, Any]:
+        """The lists depend on the store, and on how much of it reaches the model."""
+        data, store = self.task.config.data, self.task.store.manifest["hash"]
+        return super().open() | {"store": store, "max_history": data.max_history, "query_time": self.asked_s}
 
     @staticmethod
     def run_config(run: TrainConfig, config: FullScoreConfig) -> TrainConfig:
@@ -53,14 +45,14 @@ class FullScoring(TopKScoring):
 
     def part(self, number: int, known: dict | None) -> FullPart:
         """The users of a bucket."""
-        return FullPart(self, self.numbers.index(number))
+        return FullPart(self, number)
 
     def padding_step(self) -> None:
         """Scores a user without events. Collective."""
-        self.score(self.task.padding_histories())
+        self.top_k(self.task.padding_histories())
 
-    def score(self, histories: Histories) -> pa.Table:
-        """Top-k of each user. Collective."""
+    def top_k(self, histories: Histories) -> pa.Table:
+        """The lists of these users. Collective."""
         with torch.no_grad():
             windows = with_query_gap(self.task.score_windows(histories), query_gaps(histories, self.asked_s))
             query_RD = query_windows(self.model, windows, self.world.device)
@@ -72,22 +64,32 @@ class FullScoring(TopKScoring):
         return {"users": sum(rows.values()), "users_per_s": round(num_scored / seconds, 1)}
 
 
-class FullPart:
+class FullPart(Part):
     """The users of one file of the store."""
 
-    def __init__(self, scoring: FullScoring, file_index: int) -> None:
-        self.scoring, self.file_index = scoring, file_index
-        self.counts: Counter[str] = Counter()
+    def __init__(self, scoring: FullScoring, bucket: int) -> None:
+        super().__init__()
+        self.scoring, self.bucket = scoring, bucket
         self.tables: list[pa.Table] = []
 
     def batches(self) -> Iterator[Histories]:
         """Users with their histories."""
-        return self.scoring.task.file_histories(self.file_index, batch_size=self.scoring.config.batch_size)
+        scoring = self.scoring
+        return scoring.task.file_histories(scoring.files[self.bucket], batch_size=scoring.config.batch_size)
 
     def score(self, histories: Histories) -> None:
         """Adds the users' lists. Collective."""
-        self.tables.append(self.scoring.score(histories))
+        self.tables.append(self.scoring.top_k(histories))
 
     def commit(self, folder: ScoreFolder) -> None:
         """Writes the lists."""
-        folder.commit(self.scoring.numbers[self.file_index], pa.concat_tables(self.tables))
+        folder.commit(self.bucket, pa.concat_tables(self.tables))
+
+
+def query_gaps(histories: Histories, asked_s: int | None) -> np.ndarray:
+    """(B,) seconds from each user's newest event to asked_s; -1: unknown, or no event."""
+    gap_s_B = np.full(len(histories.rows), -1, np.int64)
+    if asked_s is not None:
+        some_B = np.diff(histories.offsets) > 0
+        gap_s_B[some_B] = asked_s - histories.times_s[histories.offsets[1:][some_B] - 1]
+    return gap_s_B

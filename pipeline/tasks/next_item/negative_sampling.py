@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from elastic_rec.feature_store.batches.examples import CandidateSampler
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.pipeline.config.train import LossConfig
 
@@ -18,7 +19,8 @@ class FullCandidates:
         self.ids = np.arange(FIRST, num_items, dtype=np.int64)
         self.log_q = np.zeros(len(self.ids), dtype=np.float32)
 
-    def at_step(self, step: int, window: int = 0):
+    def at_step(self, step: int, window: int = 0) -> CandidateSampler:
+        """The same at every step: (ids (V,), zeros (V,))."""
         return lambda targets, weights: (self.ids, self.log_q)
 
 
@@ -39,7 +41,8 @@ class SampledCandidates:
         self.num_negatives = config.num_negatives
         self.seed = seed
 
-    def at_step(self, step: int, window: int = 0):
+    def at_step(self, step: int, window: int = 0) -> CandidateSampler:
+        """(targets (R,), weights (R,)) -> (ids (S + R,) int64, log_q (S + R,) float32) of this step and window."""
         draws = np.random.default_rng([self.seed, step, window]).random(self.num_negatives)
         negatives = np.searchsorted(self.cumulative, draws, side="right").clip(FIRST, len(self.cumulative) - 1)
 

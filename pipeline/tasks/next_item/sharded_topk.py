@@ -149,6 +149,7 @@ class ScoreWatch:
         self.extremes: list[torch.Tensor] = []
 
     def look(self, score_QC: torch.Tensor) -> None:
+        """Keeps the extremes of a tile."""
         if self.is_needed:
             self.extremes.append(torch.stack(torch.aminmax(score_QC)))  # a NaN goes into both
 

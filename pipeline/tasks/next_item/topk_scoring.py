@@ -5,47 +5,46 @@ OUT/part-00003.parquet    the users of the store's bucket 3: user_id, item_ids l
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import nn
 
 from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
 from elastic_rec.feature_store.table.schema import ARROW_TYPES
-from elastic_rec.models.towers.elastic.config import Attention
+from elastic_rec.feature_store.table.times import parse_time_s
+from elastic_rec.models.towers.elastic.config import Attention, Time
 from elastic_rec.pipeline.config.data import Seen
 from elastic_rec.pipeline.config.score import TopKConfig
 from elastic_rec.pipeline.config.train import TrainConfig
+from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.finite import require_finite
 from elastic_rec.pipeline.tasks.next_item.data import NextItemData
 from elastic_rec.pipeline.tasks.next_item.evaluation import open_catalogue, seen_pairs, user_namer
-from elastic_rec.pipeline.tasks.next_item.query_time import query_time_s
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import ShardedCatalogue
 from elastic_rec.pipeline.tasks.next_item.targets import resolve_seen
+from elastic_rec.pipeline.tasks.score_folder import job_of
 from elastic_rec.pipeline.tasks.scoring import Scoring
 
 
 class TopKScoring(Scoring):
     """A part per bucket of the store; its number is the bucket's."""
 
-    def __init__(
-        self, task: NextItemData, model: nn.Module, *, step: int, fingerprint: str, config: TopKConfig
-    ) -> None:
-        self.task, self.model, self.config, self.world = task, model, config, task.world
-        self.asked_s = query_time_s(task, config)
-        self.seen = resolve_seen(task, config.seen or task.config.data.seen)
-        self.numbers = [file.bucket for file in task.store.files]
-        self.settings = {
-            "mode": self.command,
-            "run": str(Path(config.run).resolve()),
-            "step": step,
-            "k": config.k,
-            "seen": self.seen.value,
-        }
-        self.manifest = {"unit": "users", "k": config.k}
+    def open(self) -> dict[str, Any]:
+        """Settles the moment that is asked for, and the policy for items already seen. Collective."""
+        self.asked_s = query_time_s(self.task, self.config)
+        self.seen = resolve_seen(self.task, self.config.seen or self.task.config.data.seen)
+        self.files = {file.bucket: index for index, file in enumerate(self.task.store.files)}
+        self.numbers = list(self.files)
+        self.manifest = {"unit": "users", "k": self.config.k}
+        return {"mode": self.command, "k": self.config.k, "seen": self.seen.value}
 
     @staticmethod
     def run_config(run: TrainConfig, config: TopKConfig) -> TrainConfig:
@@ -81,3 +80,44 @@ class TopKScoring(Scoring):
         lists = [pa.ListArray.from_arrays(pa.array(offsets), values, type=kind) for values, kind in columns.values()]
         schema = pa.schema({"user_id": user, **{name: kind for name, (_, kind) in columns.items()}})
         return pa.table([self.task.store.user_ids(histories.rows[real]), *lists], schema=schema)
+
+
+def query_time_s(task: NextItemData, config: TopKConfig) -> int | None:
+    """Seconds since 1970, whole; None for models that do not ask. Collective.
+
+    Raises ConfigError for a moment before the store's newest event, one that is missing, and one that is too much.
+    """
+    asks = task.config.model.time is Time.query
+    if asks and not config.query_time:
+        raise ConfigError(
+            "the run was trained with model.time=query, its scores depend on when they are asked for: set query_time "
+            "to an ISO time, seconds since 1970, or now"
+        )
+    if not asks:
+        if config.query_time:
+            raise ConfigError(
+                f"query_time={config.query_time}, but the run was trained with "
+                f"model.time={task.config.model.time.value}: it does not know of a query's time, leave query_time out"
+            )
+        return None
+    if config.query_time == "now":
+        before = job_of(Path(config.out)).get("query_time")  # a restart asks for the same moment
+        asked_s = task.world.agreed(int(time.time()) if before is None else before)
+    else:
+        try:
+            asked_s = parse_time_s(config.query_time, key="query_time")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    _, newest_s = task.store.time_range_s()
+    if asked_s < newest_s:
+        raise ConfigError(
+            f"query_time={config.query_time} ({asked_s}) is before the store's newest event ({newest_s}): what was "
+            "wanted then can't be asked of histories that go on; set a later time"
+        )
+    return asked_s
+
+
+def with_query_gap(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator[PrefixBatch]:
+    """The windows, asked gap_s_B seconds after each user's newest event; (B,) int64, -1: at no particular time."""
+    for batch in windows:
+        yield replace(batch, query_gap_s=torch.from_numpy(gap_s_B))
