@@ -38,7 +38,7 @@ def main(config: BenchmarkConfig) -> dict:
     if config.check and missed:
         print(to_json(figures))
         print("missed: " + "; ".join(missed), flush=True)
-        os._exit(1)  # at once: nothing may be printed behind this line
+        os._exit(1)  # at once: nothing may be printed after this line
     return figures
 
 

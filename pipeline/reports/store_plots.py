@@ -1,4 +1,4 @@
-"""Pictures of a history store, as SVG that stands in a page by itself."""
+"""Pictures of a history store, as SVG within a page."""
 
 from __future__ import annotations
 

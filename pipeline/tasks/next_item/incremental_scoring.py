@@ -35,7 +35,7 @@ from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.config.score import IncrementalScoreConfig
 from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
-from elastic_rec.pipeline.tasks.next_item.topk_scoring import TopKScoring, with_query_gap
+from elastic_rec.pipeline.tasks.next_item.scoring import TopKScoring, with_query_gap
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
 from elastic_rec.pipeline.tasks.scoring import ALL, Part
 
@@ -92,10 +92,10 @@ class IncrementalScoring(TopKScoring):
 
     def padding_step(self) -> None:
         """Steps and scores a user without events. Collective."""
-        nobody = self.task.padding_histories()
-        windows = self.task.score_windows(nobody, np.zeros(1, np.int64))
+        padding = self.task.padding_histories()
+        windows = self.task.score_windows(padding, np.zeros(1, np.int64))
         query_AD, _ = self._step(windows, np.full(1, -1), self.model.tower.init_state(1, dtype=self.dtype))
-        self.recommend(query_AD, nobody)
+        self.recommend(query_AD, padding)
 
     def fold(self, span: Span, states_US: np.ndarray) -> torch.Tensor:
         """Steps the active users' states over their new events, in place; their queries (A, D). Collective."""

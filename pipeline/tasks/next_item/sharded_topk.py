@@ -206,7 +206,7 @@ def from_sort_key(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Gathered:
-    """A tensor's rows from all ranks, one stretch of equal length per rank (padded to the longest)."""
+    """A tensor's rows from all ranks, equally many per rank (padded to the most)."""
 
     def __init__(self, value_RD: torch.Tensor, world: World) -> None:
         self.world = world

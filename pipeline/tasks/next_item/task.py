@@ -14,9 +14,9 @@ from elastic_rec.pipeline.config.evaluate import EvaluateConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.tasks.next_item.baselines import fit_baselines
 from elastic_rec.pipeline.tasks.next_item.data import NextItemData
-from elastic_rec.pipeline.tasks.next_item.evaluation import below_baseline, evaluate, measure_baselines
-from elastic_rec.pipeline.tasks.next_item.full_scoring import FullScoring
+from elastic_rec.pipeline.tasks.next_item.evaluation import evaluate, measure_baselines
 from elastic_rec.pipeline.tasks.next_item.incremental_scoring import IncrementalScoring
+from elastic_rec.pipeline.tasks.next_item.scoring import FullScoring
 from elastic_rec.pipeline.tasks.next_item.targets import require_targets, resolve_seen, survey
 from elastic_rec.pipeline.tasks.next_item.validation import NextItemValidation, warn_below, warn_of_misses
 
@@ -72,7 +72,4 @@ class NextItemTask(NextItemData):
         warn_of_misses(self, figures)
         baselines = fit_baselines(self, batch_size=config.batch_size, exclude_seen=seen is Seen.exclude)
         found = measure_baselines(self, baselines, **settings)
-        below = below_baseline(figures[self.metric], found, self.metric)
-        if below:
-            warn_below(self, figures[self.metric], below, found[below])
-        return {**figures, "baselines": found, "below_baseline": below}
+        return {**figures, "baselines": found, "below_baseline": warn_below(self, figures[self.metric], found)}

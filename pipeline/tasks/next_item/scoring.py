@@ -1,4 +1,4 @@
-"""What full and incremental scoring share: the top-k lists of users, and what they depend on.
+"""Full scoring: the top-k items of every user, from the history; and what incremental scoring shares with it.
 
 OUT/part-00003.parquet    the users of the store's bucket 3: user_id, item_ids list, scores list; best first
 """
@@ -6,6 +6,7 @@ OUT/part-00003.parquet    the users of the store's bucket 3: user_id, item_ids l
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -22,16 +23,16 @@ from elastic_rec.feature_store.table.schema import ARROW_TYPES
 from elastic_rec.feature_store.table.times import parse_time_s
 from elastic_rec.models.towers.elastic.config import Attention, Time
 from elastic_rec.pipeline.config.data import Seen
-from elastic_rec.pipeline.config.score import TopKConfig
+from elastic_rec.pipeline.config.score import FullScoreConfig, TopKConfig
 from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.finite import require_finite
 from elastic_rec.pipeline.tasks.next_item.data import NextItemData
-from elastic_rec.pipeline.tasks.next_item.evaluation import open_catalogue, seen_pairs, user_namer
+from elastic_rec.pipeline.tasks.next_item.evaluation import open_catalogue, query_windows, seen_pairs, user_namer
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import ShardedCatalogue
 from elastic_rec.pipeline.tasks.next_item.targets import resolve_seen
-from elastic_rec.pipeline.tasks.score_folder import job_of
-from elastic_rec.pipeline.tasks.scoring import Scoring
+from elastic_rec.pipeline.tasks.score_folder import ScoreFolder, job_of
+from elastic_rec.pipeline.tasks.scoring import ALL, Part, Scoring
 
 
 class TopKScoring(Scoring):
@@ -82,6 +83,71 @@ class TopKScoring(Scoring):
         return pa.table([self.task.store.user_ids(histories.rows[real]), *lists], schema=schema)
 
 
+class FullScoring(TopKScoring):
+    """Every user of the store, whatever was scored before."""
+
+    command, config_type = "full", FullScoreConfig
+
+    def open(self) -> dict[str, Any]:
+        """The lists depend on the store, and on how much of it reaches the model."""
+        data, store = self.task.config.data, self.task.store.manifest["hash"]
+        return super().open() | {"store": store, "max_history": data.max_history, "query_time": self.asked_s}
+
+    @staticmethod
+    def run_config(run: TrainConfig, config: FullScoreConfig) -> TrainConfig:
+        """With as much of a history as is asked for. Raises ConfigError for a model with positions."""
+        if config.max_history is not None:
+            if run.model.attention is Attention.full and config.max_history != run.data.max_history:
+                raise ConfigError(
+                    f"max_history={config.max_history}, but the run's model has positions for {run.data.max_history} "
+                    "events: leave max_history out"
+                )
+            run.data.max_history = config.max_history or ALL
+        return TopKScoring.run_config(run, config)
+
+    def part(self, number: int, known: dict | None) -> FullPart:
+        """The users of a bucket."""
+        return FullPart(self, number)
+
+    def padding_step(self) -> None:
+        """Scores a user without events. Collective."""
+        self.top_k(self.task.padding_histories())
+
+    def top_k(self, histories: Histories) -> pa.Table:
+        """The lists of these users. Collective."""
+        with torch.no_grad():
+            windows = with_query_gap(self.task.score_windows(histories), query_gaps(histories, self.asked_s))
+            query_RD = query_windows(self.model, windows, self.world.device)
+        return self.recommend(query_RD, histories)
+
+    def figures(self, *, rows: dict[int, int], scored: list[int], counts: Counter[str], seconds: float) -> dict:
+        """Users, and how many a second."""
+        num_scored = sum(rows[number] for number in scored)
+        return {"users": sum(rows.values()), "users_per_s": round(num_scored / seconds, 1)}
+
+
+class FullPart(Part):
+    """The users of one file of the store."""
+
+    def __init__(self, scoring: FullScoring, bucket: int) -> None:
+        super().__init__()
+        self.scoring, self.bucket = scoring, bucket
+        self.tables: list[pa.Table] = []
+
+    def batches(self) -> Iterator[Histories]:
+        """Users with their histories."""
+        scoring = self.scoring
+        return scoring.task.file_histories(scoring.files[self.bucket], batch_size=scoring.config.batch_size)
+
+    def score(self, histories: Histories) -> None:
+        """Adds the users' lists. Collective."""
+        self.tables.append(self.scoring.top_k(histories))
+
+    def commit(self, folder: ScoreFolder) -> None:
+        """Writes the lists."""
+        folder.commit(self.bucket, pa.concat_tables(self.tables))
+
+
 def query_time_s(task: NextItemData, config: TopKConfig) -> int | None:
     """Seconds since 1970, whole; None for models that do not ask. Collective.
 
@@ -115,6 +181,15 @@ def query_time_s(task: NextItemData, config: TopKConfig) -> int | None:
             "wanted then can't be asked of histories that go on; set a later time"
         )
     return asked_s
+
+
+def query_gaps(histories: Histories, asked_s: int | None) -> np.ndarray:
+    """(B,) seconds from each user's newest event to asked_s; -1: unknown, or no event."""
+    gap_s_B = np.full(len(histories.rows), -1, np.int64)
+    if asked_s is not None:
+        some_B = np.diff(histories.offsets) > 0
+        gap_s_B[some_B] = asked_s - histories.times_s[histories.offsets[1:][some_B] - 1]
+    return gap_s_B
 
 
 def with_query_gap(windows: Iterator[PrefixBatch], gap_s_B: np.ndarray) -> Iterator[PrefixBatch]:
