@@ -22,7 +22,7 @@ from elastic_rec.models.ranking.model import RankingModel, RatedEvents, pair_los
 from elastic_rec.models.ranking.target_attention import ActivationUnit, EventReader
 from elastic_rec.models.retrieval.model import EventTable
 from elastic_rec.models.towers.elastic.config import MemoryConfig, TowerConfig
-from elastic_rec.pipeline.tasks.ranking.task import RankingBatch
+from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
 
 READERS = ["tower", "moments", "bidirectional", "none", "mean", "din", "sim"]
 D = 16
