@@ -8,8 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from elastic_rec.feature_store.batches.examples import CandidateSampler
-from elastic_rec.feature_store.table.vocabulary import FIRST
+from elastic_rec.feature_store.table.vocabulary import FIRST, Vocabulary
 from elastic_rec.pipeline.config.train import LossConfig
+
+
+def make_candidates(
+    loss: LossConfig, *, items: Vocabulary, num_items: int, seed: int
+) -> FullCandidates | SampledCandidates:
+    """What loss.softmax names. num_items: rows of the item table."""
+    return FullCandidates(num_items) if loss.softmax == "full" else SampledCandidates(items.counts, loss, seed=seed)
 
 
 class FullCandidates:
