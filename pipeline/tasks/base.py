@@ -102,7 +102,7 @@ class Task(ABC):
         return self.store.vocabulary(name)
 
     def user_ids(self, rows: torch.Tensor) -> list:
-        """The users of these rows of the store, (R,) int64, each once; -1, padding, is nobody."""
+        """The users of these rows of the store, (R,) int64, each once; without padding, -1."""
         return self.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist()
 
     def prepare(self) -> None:  # noqa: B027 (a task may have nothing to do)

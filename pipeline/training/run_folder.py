@@ -75,7 +75,7 @@ def open_run(config: TrainConfig, *, task: Task, world: World) -> Iterator[Path]
     """
     run_dir = Path(config.run.dir)
     _check_fits(config, task)
-    dist.barrier()  # nobody writes before everybody has looked
+    dist.barrier()  # no rank writes before all have looked
     with ExitStack() as held:
         if world.is_main:
             remedy = "wait until it has ended, or give another run.dir"

@@ -16,7 +16,7 @@ from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.pipeline.tasks.base import Task
-from elastic_rec.pipeline.tasks.next_item.negative_sampling import FullCandidates, SampledCandidates
+from elastic_rec.pipeline.tasks.next_item.negative_sampling import make_candidates
 from elastic_rec.pipeline.tasks.scoring import ALL
 
 
@@ -38,12 +38,8 @@ class NextItemData(Task):
         return self._reader(self.config.optim.global_batch_size, shuffle=True)
 
     def _train_batches(self, reader: HistoryReader, *, epoch: int, start_batch: int) -> Iterator[PrefixBatch]:
-        loss = self.config.loss
-        if loss.softmax == "full":
-            candidates = FullCandidates(self.num_items)
-        else:
-            counts = self.store.vocabulary("item").counts
-            candidates = SampledCandidates(counts, loss, seed=self.config.run.seed)
+        items, seed = self.store.vocabulary("item"), self.config.run.seed
+        candidates = make_candidates(self.config.loss, items=items, num_items=self.num_items, seed=seed)
         first_step = epoch * reader.num_batches + start_batch
         for step, histories in enumerate(reader.epoch(epoch, start_batch=start_batch), first_step):
             for batch in self._batches(histories, "train", epoch=epoch, candidates=partial(candidates.at_step, step)):

@@ -43,6 +43,7 @@ class HeldOut(NamedTuple):
 
     @property
     def num_unknown(self) -> int:
+        """Targets that the run has no row for."""
         return int((self.item == UNKNOWN).sum())
 
 

@@ -63,12 +63,14 @@ class PairCounter:
         self._num_waiting = 0
 
     def add(self, keys: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Counts each key once, or `counts` times."""
         self._waiting.append((keys, np.ones(len(keys), np.int64) if counts is None else counts))
         self._num_waiting += len(keys)
         if self._num_waiting >= MERGE_AT:
             self.merge()
 
     def merge(self) -> None:
+        """Puts what was added into keys and counts, and drops the rarest pairs above max_pairs."""
         parts = [(self.keys, self.counts), *self._waiting]
         keys, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
         self.keys, index = np.unique(keys, return_inverse=True)

@@ -25,7 +25,7 @@ from elastic_rec.pipeline.tasks.base import Task
 
 @dataclass
 class RankingBatch(ImpressionBatch):
-    """An ImpressionBatch as a model takes it: a sharded lookup needs a row, so an empty bag follows item_context."""
+    """An ImpressionBatch as a model takes it: sharded lookups need a row, so an empty bag comes after item_context."""
 
     is_last_window = True
 

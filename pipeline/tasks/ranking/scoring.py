@@ -16,14 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from elastic_rec.feature_store.batches.impression_batch import Impressions
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
@@ -43,7 +41,7 @@ from elastic_rec.pipeline.runtime.world import World
 from elastic_rec.pipeline.tasks.ranking.candidate_times import read_times
 from elastic_rec.pipeline.tasks.ranking.data import RankingBatch, RankingData
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
-from elastic_rec.pipeline.tasks.scoring import ALL, Scoring
+from elastic_rec.pipeline.tasks.scoring import ALL, Part, Scoring
 
 MOST_PARTS = 100_000  # part-00000 to part-99999
 
@@ -63,28 +61,22 @@ class RankingScoring(Scoring):
 
     command, config_type = "ranking", RankingScoreConfig
 
-    def __init__(
-        self, task: RankingData, model: nn.Module, *, step: int, fingerprint: str, config: RankingScoreConfig
-    ) -> None:
-        """Raises ConfigError for candidates that cannot be read."""
-        self.task, self.model, self.config = task, model, config
+    def open(self) -> dict[str, Any]:
+        """Finds the rows of each part. Raises ConfigError for candidates that cannot be read."""
+        task, config = self.task, self.config
         files, ranges = _plan(task, config)
         self.ranges = {rows.number: rows for rows in ranges}
         self.lookup = HistoryLookup(task.store, columns=task.columns)
-        self.numbers = list(self.ranges)
-        self.settings = {
+        self.numbers, self.manifest = list(self.ranges), {"labels": task.table.labels}
+        return {
             "task": "ranking",
-            "run": str(Path(config.run).resolve()),
-            "step": step,
             "store": task.store.manifest.hash,
             "impressions": task.table.manifest.hash,
             "max_history": task.config.data.max_history,
             "candidates": _described(files, task.world),
             "part_rows": config.part_rows,
             "timestamp_unit": config.timestamp_unit.value,
-            "model": fingerprint,
         }
-        self.manifest = {"labels": task.table.labels}
 
     @staticmethod
     def run_config(run: TrainConfig, config: RankingScoreConfig) -> TrainConfig:
@@ -158,7 +150,7 @@ def _described(files: list[list], world: World) -> list[list]:
 
 
 @dataclass
-class Requests:
+class Requests(Part):
     """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: index into them.
     time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `score`, in the input's order."""
 
