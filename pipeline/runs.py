@@ -47,9 +47,9 @@ from elastic_rec.models.towers.config import Time
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.runtime.finite import require_finite
-from elastic_rec.pipeline.tasks.base import ALL
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import NOTHING, from_sort_key, sort_key
 from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
+from elastic_rec.pipeline.tasks.scoring import ALL
 from elastic_rec.pipeline.training.run_folder import load_whole_model
 
 Ids = Sequence[Any] | np.ndarray
