@@ -5,47 +5,19 @@ import math
 
 import pytest
 import torch
-from test_retrieval_model import gloo, make_batch, shard  # noqa: F401 (gloo is a fixture)
-from test_tower import Allocations
+from retrieval import make_batch, shard
 from torch.nn import functional as F
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from towers import LENGTHS, Allocations, C, D, H, K, events, every_batch, make_tower
 
 from elastic_rec.models.ops.causal_lda import chunks as chunks_module
 from elastic_rec.models.ops.causal_lda import reference
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
-from elastic_rec.models.towers.base import build_tower
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.recency import age_bucket
 from elastic_rec.models.towers.elastic.tower import ElasticTower
-
-D, K, H, C = 16, 4, 2, 4
-LENGTHS = [0, 1, C - 1, C, C + 1, 2 * C + 1, 37]
-
-
-def make_tower(*, memory=True, layers=2, dropout=0.0, chunk=C, half_life=True, moments=0):
-    torch.manual_seed(0)
-    config = TowerConfig(
-        width=D,
-        heads=H,
-        experts=K,
-        layers=layers,
-        dropout=dropout,
-        tower="elastic_causal",
-        chunk=chunk,
-        half_life=half_life,
-        moments=moments,
-    )
-    return build_tower(config, MemoryConfig(enabled=memory, num_keys=8, heads=2, top_r=3))
-
-
-def events(lengths, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    offsets_B1 = torch.tensor([0, *lengths]).cumsum(0)
-    T = int(offsets_B1[-1])
-    gaps_s = torch.exp(16 * torch.rand(T, generator=g)).long()  # seconds to a hundred days
-    return torch.randn(T, D, generator=g).to(dtype), offsets_B1, 1_600_000_000 + gaps_s.cumsum(0)
 
 
 def by_definition(tower, tokens_TD, offsets_B1, times_s_T):
@@ -252,19 +224,6 @@ def test_the_retrieval_model_takes_either_tower():
         paper.tower(torch.zeros(1, 16), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64), every=True)
 
 
-def every_batch(seed=0):
-    """One stretch per user, with the following event as each event's target."""
-    batch = make_batch(seed)
-    lengths_R = batch.ends - batch.starts
-    P = int(lengths_R.sum())
-    g = torch.Generator().manual_seed(seed)
-    batch.targets, batch.weights = torch.randint(2, 102, (P,), generator=g), torch.ones(P)
-    batch.weights[::3] = 0
-    batch.query_gap_s = torch.randint(-1, 10**6, (P,), generator=g)
-    batch.normaliser = batch.weights.sum()
-    return batch
-
-
 def test_a_loss_at_every_position_is_that_of_each_prefix():
     """The query at an event is that of the prefix which ends there; the loss is their weighted mean."""
     model, batch = make_model("elastic_causal", every_position=True), every_batch()
@@ -294,7 +253,7 @@ def test_autocast_to_bfloat16_trains_and_stays_near():
 
 
 @pytest.mark.parametrize("every_position", [True, False])
-def test_sharded_and_pipelined_equals_plain(gloo, every_position):  # noqa: F811
+def test_sharded_and_pipelined_equals_plain(gloo, every_position):
     plain = make_model("elastic_causal", every_position)
     sharded, optimizer = shard(copy.deepcopy(plain))
     batches = [every_batch(seed) if every_position else make_batch(seed) for seed in range(4)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_causal import C, D, H, K, events, every_batch
+from towers import C, D, H, K, events, every_batch
 
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
 from elastic_rec.models.towers.base import build_tower

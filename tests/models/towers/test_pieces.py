@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_causal import LENGTHS, C, D, events, make_tower
-from test_tower import Allocations
+from towers import LENGTHS, Allocations, C, D, events, make_tower
 
 from elastic_rec.models.towers.elastic import pieces
 from elastic_rec.models.towers.elastic.pieces import Piece, cut

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_causal import LENGTHS, C, D, events
+from towers import LENGTHS, C, D, events
 
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower

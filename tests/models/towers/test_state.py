@@ -5,28 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_causal import LENGTHS, C, D, events, make_tower
+from towers import LENGTHS, C, D, events, make_tower, run
 
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 
 ONE_BY_ONE = [[i] for i in range(1, 38)]
-
-
-def run(tower, tokens_TD, offsets_B1, times_s_T, cuts, *, dtype=torch.float32, through_bytes=False, every=True):
-    """Feed all users at once. cuts: at step i each user has had its first cuts[i] events (a list: one per user)."""
-    starts, ends = offsets_B1[:-1], offsets_B1[1:]
-    state = tower.init_state(len(starts), dtype=dtype)
-    tokens, done = torch.zeros_like(tokens_TD), starts
-    for cut in cuts:
-        until = torch.minimum(starts + torch.tensor(cut), ends)
-        rows = torch.cat([torch.arange(a, b) for a, b in zip(done.tolist(), until.tolist(), strict=True)])
-        new_B1 = torch.cat([torch.zeros(1, dtype=torch.int64), (until - done).cumsum(0)])
-        out, state = tower.step(tokens_TD[rows], new_B1, times_s_T[rows], state, every)
-        if through_bytes:
-            state = UserState.from_bytes(state.to_bytes(), tower)
-        tokens = tokens.index_copy(0, rows, out.tokens) if every else tokens
-        done = until
-    return tokens, out, state
 
 
 @pytest.mark.parametrize(("layers", "memory", "half_life"), [(1, False, True), (3, True, True), (3, False, False)])

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from towers import Allocations
 
 from elastic_rec.models.jagged import TILE
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
@@ -25,21 +24,6 @@ def events(lengths, seed=0):
     offsets_B1 = torch.tensor([0, *lengths]).cumsum(0)
     T = int(offsets_B1[-1])
     return torch.randn(T, D, generator=g), offsets_B1, torch.randint(0, 3600, (T,), generator=g).cumsum(0)
-
-
-class Allocations(TorchDispatchMode):
-    """Remembers the largest tensor that any op gives back, forward or backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.shape = 0, ()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.numel() > self.largest:
-                self.largest, self.shape = leaf.numel(), (str(func), *leaf.shape)
-        return out
 
 
 def padded_aggregate(tokens_TD, offsets_B1):
