@@ -48,8 +48,8 @@ from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.runtime.finite import require_finite
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import NOTHING, from_sort_key, sort_key
-from elastic_rec.pipeline.tasks.next_item.task import ALL
 from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
+from elastic_rec.pipeline.tasks.scoring import ALL
 from elastic_rec.pipeline.training.run_folder import load_whole_model
 
 Ids = Sequence[Any] | np.ndarray
@@ -313,7 +313,7 @@ class Run:
             context={name: self._context(name, context.get(name), states) for name in table.context},
             item_context={name: bags.take(candidates) for name, bags in table.item_bags.items()},
         )
-        return RankingBatch.of(self.task.mask_new_ids(impressions))
+        return RankingBatch.of(self.task.mask_impressions(impressions))
 
     def _context(self, name: str, values: Any, states: UserStates) -> Bags:
         if values is None:
