@@ -4,10 +4,7 @@ python pipeline/demo.py
 python pipeline/demo.py data=synthetic ranks=1 "train=[optim.epochs=2]"
 """
 
-import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,22 +12,21 @@ from pathlib import Path
 from elastic_rec.feature_store.datasets import DatasetUnavailable
 from elastic_rec.pipeline.config.demo import DemoConfig
 from elastic_rec.pipeline.reports.plots import plot_run
-from elastic_rec.pipeline.runtime.endings import EXIT_UNAVAILABLE
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.launch import verb
-
-PIPELINE = Path(__file__).parent
+from elastic_rec.pipeline.runtime.subprocess_verb import run_verb
 
 
 @verb("demo", DemoConfig)
 def main(config: DemoConfig) -> dict:
+    """Runs the verbs one after another; returns metrics, paths, and the seconds of each verb."""
     out = Path(config.out)
     _empty(out)
     seconds: dict[str, float] = {}
 
     def stage(name: str, *overrides: str, ranks: int = 1) -> dict:
         start = time.perf_counter()
-        figures = _run(name, overrides, ranks=ranks)
+        figures = run_verb(name, *overrides, ranks=ranks)
         seconds[name] = round(time.perf_counter() - start, 1)
         return figures
 
@@ -62,30 +58,8 @@ def main(config: DemoConfig) -> dict:
     }
 
 
-def _run(name: str, overrides: tuple[str, ...], *, ranks: int) -> dict:
-    """Run one verb as a user would; its progress goes to the terminal, its last line comes back."""
-    python = [sys.executable]
-    if ranks > 1:
-        python = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*python, str(PIPELINE / f"{name}.py"), *overrides]
-    print("\n$ " + " ".join(command), file=sys.stderr, flush=True)
-    threads = str(max(1, (os.cpu_count() or 1) // ranks))  # torchrun's own default is 1, and it says so at length
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as done:
-        try:
-            output, _ = done.communicate()
-        except BaseException:
-            done.terminate()  # not kill: torchrun ends its ranks
-            raise
-    if done.returncode == EXIT_UNAVAILABLE:
-        raise DatasetUnavailable("none of the sources of this data set can be reached (see above)")
-    if done.returncode != 0:
-        raise ConfigError(f"{name} failed with exit code {done.returncode}; its message stands above")
-    return json.loads(output.strip().splitlines()[-1])
-
-
 def _empty(out: Path) -> None:
-    """Start afresh, but never remove a folder that is not an earlier demo's."""
+    """Starts from nothing, but never removes a folder that is not an earlier demo's."""
     marker = out / ".demo"
     if out.exists():
         if not marker.exists() and any(out.iterdir()):

@@ -1,5 +1,6 @@
-"""What is in a history store: lengths, days, items, gaps, as a page and as figures. (Called describe: a script named
-inspect.py would stand in for the standard library's `inspect` in everything it imports.)
+"""What is in a history store: lengths, days, items, gaps, as a page and as figures.
+
+(Called describe: a script named inspect.py would hide the standard library's `inspect` from everything it imports.)
 
 python pipeline/describe.py store=stores/ml1m
 python pipeline/describe.py store=s3://bucket/stores/mine out=mine.html 'max_history=[100,500]'
@@ -22,6 +23,7 @@ from elastic_rec.pipeline.runtime.launch import verb
 
 @verb("describe", DescribeConfig)
 def main(config: DescribeConfig) -> dict:
+    """Reads the store once, writes the page, and returns the figures."""
     began = time.perf_counter()
     target = target_of(config)
     store = Store.open(config.store, version=config.version)
@@ -36,6 +38,7 @@ def main(config: DescribeConfig) -> dict:
 
 
 def target_of(config: DescribeConfig) -> Location:
+    """The HTML file to write; its folder is made. Raises ConfigError where there is none, or `out` is a folder."""
     if not config.store:
         raise ConfigError("store is empty: say which history store to describe")
     place = open_location(config.store)

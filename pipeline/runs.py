@@ -24,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.impression_batch import Impressions
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.feature_store.reading.python_lists import (
     IdIndex,
@@ -47,6 +47,7 @@ from elastic_rec.models.towers.config import Time
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.runtime.finite import require_finite
+from elastic_rec.pipeline.tasks.base import ALL
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import NOTHING, from_sort_key, sort_key
 from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
 from elastic_rec.pipeline.tasks.scoring import ALL
@@ -73,7 +74,7 @@ class UserStates:
     is_one_user: bool
     state: UserState | None = None
     output: TowerOutput | None = None
-    histories: Histories | None = None
+    histories: Sequences | None = None
 
     def __len__(self) -> int:
         return len(self.newest_s_B)
@@ -232,7 +233,7 @@ class Run:
         newest_B = torch.where(state.count_B > 0, state.newest_s_B, -1).cpu().numpy()
         return UserStates(newest_B, np.zeros(len(rows), np.int64), isinstance(data, bytes), state=state)
 
-    def _batch(self, histories: Histories, first_B: np.ndarray) -> PrefixBatch:
+    def _batch(self, histories: Sequences, first_B: np.ndarray) -> PrefixBatch:
         """All events but each user's first_B first ones, as one batch."""
         split, rest = self.task.config.data.split, {"seed": 0, "epoch": 0, "world_size": 1}
         about = {"size": ALL, "max_history": ALL, "stage": "score", "split": split, **rest}
@@ -303,12 +304,11 @@ class Run:
             group=users,
             starts=histories.offsets[:-1],
             ends=histories.offsets[1:],
-            times_s=none,
+            times=none,
             rows=users,
             owners=users,
             owner_candidates=none,
-            candidate_offsets=shown.offsets_B1,
-            candidates=candidates,
+            candidates=Bags(shown.offsets_B1, candidates),
             labels=np.full((len(candidates), len(self.labels)), np.nan, np.float32),
             context={name: self._context(name, context.get(name), states) for name in table.context},
             item_context={name: bags.take(candidates) for name, bags in table.item_bags.items()},
@@ -350,7 +350,7 @@ def _parallel(values: Users, what: str, events: Lists) -> Ids:
     return found.flat
 
 
-def _last(histories: Histories) -> np.ndarray:
+def _last(histories: Sequences) -> np.ndarray:
     """(B,) time of each user's last event, -1 without one."""
     newest_B, has_B = np.full(len(histories.rows), -1), np.diff(histories.offsets) > 0
     newest_B[has_B] = histories.times_s[histories.offsets[1:][has_B] - 1]

@@ -76,6 +76,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_every_module_and_yaml_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = [path for room in ROOMS for path in python_files(room)] + sorted((ROOT / "configs").rglob("*.yaml"))
+    expected.append(ROOT / "pipeline/reports/store_page.html")
     face = [path.relative_to(ROOT / FACE) for path in [*python_files(FACE), ROOT / FACE / "py.typed"]]
     assert names == {"elastic_rec/" + path.as_posix() for path in [*(p.relative_to(ROOT) for p in expected), *face]}
 

@@ -12,36 +12,47 @@ after a prefix cannot reach the model by any path.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import SplitConfig, Targets, split_bounds
-from elastic_rec.feature_store.batches.torchrec_types import KeyedJaggedTensor
+from elastic_rec.feature_store.batches.torchrec_types import keyed_jagged
 from elastic_rec.feature_store.table.vocabulary import PAD, UNKNOWN
 from elastic_rec.feature_store.utils.counter_hash import counter_uniform
-from elastic_rec.feature_store.utils.jagged import span_indices
+from elastic_rec.feature_store.utils.jagged import offsets_of, span_indices
 
 NUM_GAP_BUCKETS = 40
 STAGES = ("train", "valid", "test", "score")
 CandidateSampler = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-_TARGETS, _STRETCHES = 3, 4  # tell these uses of counter_uniform from the reader's
+_TARGETS, _SPANS = 3, 4  # tell these uses of counter_uniform from the reader's
 
 
 class Prefixes(NamedTuple):
-    """(R,) each: the user's position in the batch, prefix [starts, ends) and target on the T axis (-1: none)."""
+    """(R,) int64 each: the user's row in the store; the prefix, events [starts, ends) of the T axis; the target's place
+    on it, -1 for none. Two users of 3 and 2 events, last event as target: starts [0, 3], ends [2, 4], targets [2, 4].
+    """
 
-    users: np.ndarray
+    rows: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     targets: np.ndarray
 
 
+class TargetEvents(NamedTuple):
+    """items: int64, PAD: none. gaps_s: int64 seconds since the user's event before, -1: none. weights: float32."""
+
+    items: np.ndarray
+    gaps_s: np.ndarray
+    weights: np.ndarray
+
+
 def make_prefix_batch(
-    histories: Histories,
+    histories: Sequences,
     *,
     split: SplitConfig,
     stage: str,
@@ -53,17 +64,15 @@ def make_prefix_batch(
     world_size: int,
     candidates: CandidateSampler | None = None,
 ) -> PrefixBatch:
-    """stage: train, valid, test or score. One row per user, in training with sampled targets `prefixes_per_user`.
-    See PrefixBatch for shapes. Raises ValueError for an unknown stage or sizes below 1.
+    """One row per user, or `prefixes_per_user` rows in training on sampled targets. See PrefixBatch for shapes.
 
-    targets: of training. every_event: a target after every event, for causal models only: targets and weights (P,) for
-        the P events of all prefixes, and a normaliser of this rank's targets alone (the caller adds up the ranks). A
-        history longer than max_history gives a stretch of it, drawn by (seed, epoch, user).
-        sampled: `prefixes_per_user` targets per user, drawn by (seed, epoch, user), each with its prefix.
-
+    stage: train, valid, test or score. targets: in training. every_event is for causal models only: targets and weights
+        are (P,) for the P events of all prefixes, the normaliser is that of this rank (the caller adds up the ranks),
+        and of a history longer than max_history a part is taken. sampled: each target has its own prefix.
     seed, epoch: choose the training targets, together with the user's row number only, so they do not depend on ranks.
     world_size: enters the normaliser, a rank's share of the global number of rows.
     candidates: (targets (R,), weights (R,)) -> (ids (C,) int64, log_q (C,) float32) for the "candidate" feature.
+    Raises ValueError for an unknown stage and for sizes below 1.
     """
     if stage not in STAGES or prefixes_per_user < 1 or max_history < 1:
         raise ValueError(
@@ -72,19 +81,25 @@ def make_prefix_batch(
         )
     is_every = stage == "train" and targets is Targets.every_event
     per_user = prefixes_per_user if stage == "train" else 1
-    prefixes = choose_prefixes(histories, split, stage, targets, per_user, max_history, seed, epoch)
-    rows = histories.rows[prefixes.users]
-    if is_every:
-        items, query_gap_s = targets_after(histories, prefixes.starts, prefixes.ends)
-    else:
-        items, query_gap_s = targets_at(histories, prefixes.targets)
-    weights = loss_weights(stage, rows, items)
-    normaliser = weights.sum() if is_every else histories.num_global_users * per_user / world_size
-    spans = rows, prefixes.starts, prefixes.ends
-    return assemble(histories, *spans, items, query_gap_s, weights, normaliser, candidates)
+    drawn = {"max_history": max_history, "seed": seed, "epoch": epoch, "per_user": None if is_every else per_user}
+    prefixes = choose_prefixes(histories, split=split, stage=stage, **drawn)
+    found = target_events(histories, prefixes, stage=stage, after_every=is_every)
+    normaliser = found.weights.sum() if is_every else histories.num_global_rows * per_user / world_size
+    return assemble(histories, prefixes, found, normaliser, candidates)
 
 
-def targets_at(histories: Histories, positions_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def target_events(histories: Sequences, prefixes: Prefixes, *, stage: str, after_every: bool) -> TargetEvents:
+    """The prefixes' targets, (R,) each. after_every: the event after each event of a prefix, (P,), prefix by prefix."""
+    positions = prefixes.targets
+    if after_every:
+        positions = span_indices(prefixes.starts + 1, prefixes.ends - prefixes.starts)
+    items, gaps_s = targets_at(histories, positions)
+    # An unknown item is never the next item: there is no row of the catalogue to rank.
+    weights = (prefixes.rows >= 0) if stage == "score" else (items > UNKNOWN)
+    return TargetEvents(items, gaps_s, weights.astype(np.float32))
+
+
+def targets_at(histories: Sequences, positions_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(items, seconds since the event before) at positions of the T axis: (PAD, -1) where there is none (-1)."""
     has_target = positions_R >= 0
     positions = positions_R[has_target]
@@ -96,100 +111,86 @@ def targets_at(histories: Histories, positions_R: np.ndarray) -> tuple[np.ndarra
     return items, gaps
 
 
-def targets_after(histories: Histories, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(P,) each, as targets_at, of the event after every event of the stretches [starts, ends)."""
-    return targets_at(histories, span_indices(starts + 1, ends - starts))
-
-
-def loss_weights(stage: str, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    # An unknown item is never the next item: there is no row of the catalogue to rank.
-    return ((rows >= 0) if stage == "score" else (targets > UNKNOWN)).astype(np.float32)
-
-
 def assemble(
-    histories: Histories,
-    rows: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    targets: np.ndarray,
-    query_gap_s: np.ndarray,
-    weights: np.ndarray,
+    histories: Sequences,
+    prefixes: Prefixes,
+    found: TargetEvents,
     normaliser: float,
     candidates: CandidateSampler | None,
     window: tuple[int, int] = (0, 1),
 ) -> PrefixBatch:
-    """The batch of prefixes [starts, ends) of the histories' T axis, without the events that no prefix covers."""
-    keep_T, starts, ends = compact(starts, ends, len(histories.times_s))
+    """The batch of some prefixes of the histories, without the events that no prefix covers."""
+    keep_T, position_T1 = covered(prefixes.starts, prefixes.ends, len(histories.times))
+    columns = {**histories.columns, "gap": gap_buckets(histories)}
+    kept = replace(histories, columns=columns).pick(keep_T, rows=histories.rows, offsets=position_T1[histories.offsets])
     ids, log_q = (np.zeros(0, np.int64), np.zeros(0, np.float32))
     if candidates is not None:
-        ids, log_q = candidates(targets, weights)
-    columns = {**histories.columns, "gap": gap_buckets(histories)}
+        ids, log_q = candidates(found.items, found.weights)
+    candidate_B = np.zeros(len(kept.rows), np.int64)
+    candidate_B[0] = len(ids)
+    bags = [(name, kept.lengths, values) for name, values in kept.columns.items()]
     return PrefixBatch(
-        features=_features(columns, histories.offsets, keep_T, ids),
-        times_s=torch.from_numpy(histories.times_s[keep_T]),
-        starts=torch.from_numpy(starts),
-        ends=torch.from_numpy(ends),
-        targets=torch.from_numpy(targets),
-        weights=torch.from_numpy(weights),
+        features=keyed_jagged([*bags, ("candidate", candidate_B, np.asarray(ids, np.int64))]),
+        times_s=torch.from_numpy(kept.times_s),
+        starts=torch.from_numpy(position_T1[prefixes.starts]),
+        ends=torch.from_numpy(position_T1[prefixes.ends]),
+        targets=torch.from_numpy(found.items),
+        weights=torch.from_numpy(found.weights),
         log_q=torch.from_numpy(np.asarray(log_q, np.float32)),
         normaliser=torch.tensor(normaliser, dtype=torch.float32),
-        rows=torch.from_numpy(rows),
-        query_gap_s=torch.from_numpy(query_gap_s),
+        rows=torch.from_numpy(prefixes.rows),
+        query_gap_s=torch.from_numpy(found.gaps_s),
         window=window,
     )
 
 
-def gap_buckets(histories: Histories) -> np.ndarray:
+def gap_buckets(histories: Sequences) -> np.ndarray:
     """(T,) int64: 0 for a user's first event, else 1 + floor(log2(1 + seconds since the one before)), at most 39."""
+    gaps_s = np.diff(histories.times_s, prepend=0)
+    gaps_s[histories.offsets[:-1][histories.lengths > 0]] = -1
     # frexp's exponent is floor(log2(x)) + 1 exactly; log2 itself may round across a power of two.
-    return np.minimum(np.frexp(gaps_s(histories) + 1.0)[1], NUM_GAP_BUCKETS - 1).astype(np.int64)
-
-
-def gaps_s(histories: Histories) -> np.ndarray:
-    """(T,) int64 seconds since the user's event before, -1 for a user's first event."""
-    gaps = np.diff(histories.times_s, prepend=0)
-    gaps[histories.offsets[:-1][np.diff(histories.offsets) > 0]] = -1
-    return gaps
+    return np.minimum(np.frexp(gaps_s + 1.0)[1], NUM_GAP_BUCKETS - 1).astype(np.int64)
 
 
 def choose_prefixes(
-    histories: Histories,
+    histories: Sequences,
+    *,
     split: SplitConfig,
     stage: str,
-    targets: Targets,
-    prefixes_per_user: int,
     max_history: int,
     seed: int,
     epoch: int,
+    per_user: int | None = None,
 ) -> Prefixes:
-    begins, n_B = histories.offsets[:-1], np.diff(histories.offsets)
-    users = np.arange(len(n_B))
+    """The prefix or prefixes of each user. per_user: of training; None: one, each event of which has a target after it.
+
+    Its `targets` are then of no use.
+    """
+    rows, begins = histories.rows, histories.offsets[:-1]
     if stage == "score":
-        ends, positions = n_B, np.full(len(n_B), -1)
-    elif stage == "train" and targets is Targets.every_event:
-        starts, ends = _stretches(histories, split_bounds(split, histories).train_end, max_history, seed, epoch)
-        return Prefixes(users, starts, ends, ends)
-    elif stage == "train":
-        users = np.repeat(users, prefixes_per_user)
-        train_end_B = split_bounds(split, histories).train_end
-        positions = _draw_targets(train_end_B, histories.rows, prefixes_per_user, seed, epoch)
-        ends = np.maximum(positions, 0)
+        places, ends = np.full(len(rows), -1), histories.lengths
     else:
         bounds = split_bounds(split, histories)
-        positions = bounds.valid if stage == "valid" else bounds.test
-        ends = np.maximum(positions, 0)
+        if stage == "train" and per_user is None:
+            starts, ends = _training_spans(histories, bounds.train_end, max_history, seed, epoch)
+            return Prefixes(rows, starts, ends, ends)
+        if stage == "train":
+            places = _draw_targets(bounds.train_end, rows, per_user, seed, epoch)
+            rows, begins = np.repeat(rows, per_user), np.repeat(begins, per_user)
+        else:
+            places = bounds.valid if stage == "valid" else bounds.test
+        ends = np.maximum(places, 0)
     starts = np.maximum(ends - max_history, 0)
-    begins = begins[users]
-    return Prefixes(users, begins + starts, begins + ends, np.where(positions >= 0, begins + positions, -1))
+    return Prefixes(rows, begins + starts, begins + ends, np.where(places >= 0, begins + places, -1))
 
 
-def _stretches(
-    histories: Histories, train_end_B: np.ndarray, max_history: int, seed: int, epoch: int
+def _training_spans(
+    histories: Sequences, train_end_B: np.ndarray, max_history: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One stretch of up to max_history training events per user, with an event after it: (starts, ends)."""
+    """Per user up to max_history training events that follow one another, with an event after them: (starts, ends)."""
     last_B = np.maximum(train_end_B - 1, 0)  # the last training event is only ever a target
     spare_B = np.maximum(last_B - max_history, 0)
-    u_B = counter_uniform(_STRETCHES, seed, epoch, histories.rows, np.zeros_like(histories.rows))
+    u_B = counter_uniform(_SPANS, seed, epoch, histories.rows, np.zeros_like(histories.rows))
     starts = histories.offsets[:-1] + np.minimum((u_B * (spare_B + 1)).astype(np.int64), spare_B)
     return starts, starts + np.minimum(last_B, max_history)
 
@@ -205,28 +206,13 @@ def _draw_targets(train_end_B: np.ndarray, rows_B: np.ndarray, per_user: int, se
     return targets_BJ.ravel()
 
 
-def compact(starts: np.ndarray, ends: np.ndarray, num_events: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Drops events that no prefix covers: (keep_T bool, starts, ends on the shortened axis)."""
+def covered(starts: np.ndarray, ends: np.ndarray, num_events: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which events lie in a span, (T,) bool, and the place of each event without the others, (T+1,) int64.
+
+    starts [0, 3], ends [2, 4] of 5 events: [1, 1, 0, 1, 0] and [0, 1, 2, 2, 3, 3].
+    """
     depth = np.zeros(num_events + 1, np.int64)
     np.add.at(depth, starts, 1)
     np.add.at(depth, ends, -1)
     keep = np.cumsum(depth)[:-1] > 0
-    new_position = np.zeros(num_events + 1, np.int64)
-    np.cumsum(keep, out=new_position[1:])
-    return keep, new_position[starts], new_position[ends]
-
-
-def _features(
-    columns: dict[str, np.ndarray], offsets_B1: np.ndarray, keep_T: np.ndarray, candidate_ids: np.ndarray
-) -> KeyedJaggedTensor:
-    """Keys: the event columns (all with the same lengths), then "candidate" with its ids in row 0."""
-    kept = np.concatenate([[0], np.cumsum(keep_T)])[offsets_B1]
-    lengths_B = np.diff(kept)
-    candidate_B = np.zeros_like(lengths_B)
-    candidate_B[0] = len(candidate_ids)
-    values = [*(values[keep_T] for values in columns.values()), np.asarray(candidate_ids, np.int64)]
-    return KeyedJaggedTensor(
-        keys=[*columns, "candidate"],
-        values=torch.from_numpy(np.concatenate(values)),
-        lengths=torch.from_numpy(np.concatenate([lengths_B] * len(columns) + [candidate_B])),
-    )
+    return keep, offsets_of(keep)

@@ -7,21 +7,21 @@ I impressions, C candidates of all impressions, L labels.
     events T         a b c d e f                 g h i        newest ones before the group's last impression
     impressions I    i0 (sees a b c)             i2 (sees g h i)
                      i1 (sees b c d e f)                      starts, ends: spans of the T axis
-    candidates C     x y | z                     v w          candidate_offsets, labels (C, L)
+    candidates C     x y | z                     v w          offsets [0, 2, 3, 5], labels (C, L)
 
-A history is in the batch once, however many impressions look at it.
+A history is in the batch once, however many impressions see it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from elastic_rec.feature_store.batches.examples import gap_buckets
-from elastic_rec.feature_store.batches.histories import Histories
-from elastic_rec.feature_store.batches.torchrec_types import KeyedJaggedTensor, Pipelineable
+from elastic_rec.feature_store.batches.sequences import Sequences
+from elastic_rec.feature_store.batches.torchrec_types import KeyedJaggedTensor, TensorBatch, keyed_jagged
 from elastic_rec.feature_store.utils.jagged import Bags
 
 
@@ -31,35 +31,38 @@ class Impressions:
 
     histories: of the B impression groups; rows -1 for a user without a history, and for padding. A user's history
         holds at most the newest events before the last of their impressions here; never one at or after it.
-    group: (I,) int64 in 0..B-1, ascending. starts, ends: (I,) int64, spans of the histories' T axis: the newest
-        max_history events strictly before the impression.
-    times_s, rows: (I,) int64; rows count through the impressions table, -1 for padding (an impression without
-        candidates, so that a rank without impressions still takes part).
+    group: (I,) int64 in 0..B-1, ascending: [0, 0, 1] in the drawing. starts, ends: (I,) int64, spans of the histories'
+        T axis: the newest max_history events strictly before the impression: [0, 1, 6] and [3, 6, 9].
+    times, rows: (I,) int64, times in the histories' unit; rows count through the impressions table, -1 for padding (an
+        impression without candidates, so that a rank without impressions still takes part).
     owners: (I,) int64, a number of each user, also of one without a history: the row of their first impression in the
         table. owner_candidates: (I,) int64, candidates of that user in the whole stage: so many, and they are complete.
-    candidate_offsets: (I+1,) int64. candidates: (C,) int64 item indices.
+    candidates: Bags of I, item indices.
     labels: (C, L) float32, NaN where there is no label.
     context: name -> Bags of I. item_context: name -> Bags of C.
-    num_global_impressions: in the global batch, over all ranks.
     """
 
-    histories: Histories
+    histories: Sequences
     group: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-    times_s: np.ndarray
+    times: np.ndarray
     rows: np.ndarray
     owners: np.ndarray
     owner_candidates: np.ndarray
-    candidate_offsets: np.ndarray
-    candidates: np.ndarray
+    candidates: Bags
     labels: np.ndarray
     context: dict[str, Bags]
     item_context: dict[str, Bags]
 
+    @property
+    def times_s(self) -> np.ndarray:
+        """(I,) int64 times in whole seconds."""
+        return self.times // self.histories.units_per_second
+
 
 @dataclass
-class ImpressionBatch(Pipelineable):
+class ImpressionBatch(TensorBatch):
     """What a ranking model's forward takes; everything in it is a tensor or a KeyedJaggedTensor, or None.
 
     features: KeyedJaggedTensor, stride B. Keys: the event columns, "gap" (see PrefixBatch), and "candidate": the
@@ -94,35 +97,18 @@ class ImpressionBatch(Pipelineable):
     owners: torch.Tensor
     owner_candidates: torch.Tensor
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> ImpressionBatch:
-        return self._each(lambda part: part.to(device=device, non_blocking=non_blocking))
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        for name in self._names():
-            getattr(self, name).record_stream(stream)
-
-    def pin_memory(self) -> ImpressionBatch:
-        return self._each(lambda part: part.pin_memory())
-
-    def _each(self, function) -> ImpressionBatch:
-        return replace(self, **{name: function(getattr(self, name)) for name in self._names()})
-
-    def _names(self) -> list[str]:
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
-
 
 def make_impression_batch(impressions: Impressions) -> ImpressionBatch:
-    """numpy -> tensors; no copy but for the values of the KeyedJaggedTensors."""
+    """numpy -> tensors, times in seconds; no copy but for the values of the KeyedJaggedTensors."""
     histories = impressions.histories
-    lengths_I = np.diff(impressions.candidate_offsets)
+    lengths_I, lengths_B = impressions.candidates.lengths, histories.lengths
     columns = {**histories.columns, "gap": gap_buckets(histories)}
-    lengths_B = np.diff(histories.offsets)
     candidates_B = np.bincount(impressions.group, weights=lengths_I, minlength=len(lengths_B)).astype(np.int64)
     bags = [(name, lengths_B, values) for name, values in columns.items()]
     is_labelled = ~np.isnan(impressions.labels)
     label_weights = is_labelled.astype(np.float32)
     return ImpressionBatch(
-        features=_keyed([*bags, ("candidate", candidates_B, impressions.candidates)]),
+        features=keyed_jagged([*bags, ("candidate", candidates_B, impressions.candidates.values)]),
         times_s=torch.from_numpy(histories.times_s),
         group=torch.from_numpy(impressions.group),
         starts=torch.from_numpy(impressions.starts),
@@ -151,14 +137,4 @@ def _query_gaps(impressions: Impressions) -> np.ndarray:
 
 
 def _keyed_bags(bags: dict[str, Bags]) -> KeyedJaggedTensor | None:
-    return _keyed([(name, np.diff(bag.offsets), bag.values) for name, bag in bags.items()]) if bags else None
-
-
-def _keyed(features: list[tuple[str, np.ndarray, np.ndarray]]) -> KeyedJaggedTensor:
-    """(key, lengths, values) each, all with the same stride."""
-    names, lengths, values = zip(*features, strict=True)
-    return KeyedJaggedTensor(
-        keys=list(names),
-        values=torch.from_numpy(np.concatenate(values)),
-        lengths=torch.from_numpy(np.concatenate(lengths)),
-    )
+    return keyed_jagged([(name, bag.lengths, bag.values) for name, bag in bags.items()]) if bags else None

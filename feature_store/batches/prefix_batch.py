@@ -1,4 +1,4 @@
-"""The jagged batch a model takes, cut out of the histories that the reader yields (histories.py).
+"""The jagged batch a model takes, made of the histories that the reader yields (sequences.py).
 
 Legend: B users in this rank's share of a global batch, T = their events laid end to end,
 R prefixes (rows of the model's output; several per user in training, one in evaluation).
@@ -6,7 +6,7 @@ R prefixes (rows of the model's output; several per user in training, one in eva
     users        u0            u1       u2
     events T     a b c d e     f g h    i j
     offsets      0             5        8     10
-    prefix r     [start_r, end_r) within one user's stretch; the target is an event at or after end_r
+    prefix r     [start_r, end_r) within one user's events; the target is an event at or after end_r
 
 Events are embedded once per user and gathered once per prefix, so several prefixes of one history
 share the lookup and its all-to-all, the most expensive part of a step.
@@ -14,29 +14,23 @@ share the lookup and its all-to-all, the most expensive part of a step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from elastic_rec.feature_store.batches.histories import Histories
-from elastic_rec.feature_store.batches.torchrec_types import KeyedJaggedTensor, Pipelineable
+from elastic_rec.feature_store.batches.sequences import Sequences
+from elastic_rec.feature_store.batches.torchrec_types import KeyedJaggedTensor, TensorBatch, keyed_jagged
 
 
-def features_of(histories: Histories) -> KeyedJaggedTensor:
+def features_of(histories: Sequences) -> KeyedJaggedTensor:
     """The event columns, one key each, stride B; without a copy where there is one column."""
-    columns = list(histories.columns.values())
-    values = np.require(columns[0], requirements="W") if len(columns) == 1 else np.concatenate(columns)
-    return KeyedJaggedTensor(
-        keys=list(histories.columns),
-        values=torch.from_numpy(values),
-        lengths=torch.from_numpy(np.tile(np.diff(histories.offsets), len(columns))),
-    )
+    lengths = histories.lengths
+    return keyed_jagged([(name, lengths, values) for name, values in histories.columns.items()])
 
 
 @dataclass
-class PrefixBatch(Pipelineable):
-    """What a model's forward takes; all fields but `window` are tensors, and move to a device as one.
+class PrefixBatch(TensorBatch):
+    """What a model's forward takes; all fields but `window` are tensors.
 
     features: KeyedJaggedTensor, stride B; keys: the event columns, "gap" (log2 bucket of the seconds since the
         user's previous event), and "candidate" (ids the loss ranks against; all of them in row 0, empty in evaluation).
@@ -68,20 +62,5 @@ class PrefixBatch(Pipelineable):
 
     @property
     def is_last_window(self) -> bool:
+        """Whether no part of the users' histories comes after this one."""
         return self.window[0] + 1 == self.window[1]
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> PrefixBatch:
-        return self._each(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        for name in self._tensor_names():
-            getattr(self, name).record_stream(stream)
-
-    def pin_memory(self) -> PrefixBatch:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, function) -> PrefixBatch:
-        return replace(self, **{name: function(getattr(self, name)) for name in self._tensor_names()})
-
-    def _tensor_names(self) -> list[str]:
-        return [f.name for f in fields(self) if f.name != "window"]

@@ -8,6 +8,7 @@ stays whole, and running the append again finishes it.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,10 @@ from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.merge import MergeEngine
 from elastic_rec.feature_store.ingestion.sources import NAMED_ROLES
 from elastic_rec.feature_store.ingestion.writer import write_sorted, write_vocabularies
-from elastic_rec.feature_store.table import schema
+from elastic_rec.feature_store.table.format import HistoryFile, SourceFile, VocabularyFile
 from elastic_rec.feature_store.table.location import Location
-from elastic_rec.feature_store.table.manifest import check_digest, put_in_place
+from elastic_rec.feature_store.table.manifest import check_digest
+from elastic_rec.feature_store.table.schema import history_schema
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.versions import append_folder, next_version, publish, writing
 from elastic_rec.feature_store.table.vocabulary import FIRST
@@ -55,9 +57,9 @@ def append(config: AppendConfig) -> dict:
 def _settings(config: AppendConfig, base: Store) -> IngestConfig:
     """How the store was made, for new input; DataError where the store cannot grow."""
     stored = base.manifest
-    if "row_group_events" not in stored:
+    if stored.row_group_events is None:
         raise DataError(f"{base.path}: written before appends (no digests of its input); ingest everything anew")
-    columns, filters = stored["source"]["columns"], stored["filters"]
+    columns, filters = stored.source.columns, stored.filters
     for name in ("min_user_events", "min_item_events", "max_history"):
         if (value := filters.get(name, none := getattr(IngestConfig(), name))) > none:
             raise DataError(
@@ -81,8 +83,8 @@ def _settings(config: AppendConfig, base: Store) -> IngestConfig:
         timestamp_column=columns["timestamp"],
         event_id_column=columns.get("event_id"),
         context_columns=[name for name in columns if name not in NAMED_ROLES],
-        timestamp_unit=stored["time_unit"],
-        row_group_events=stored["row_group_events"],
+        timestamp_unit=stored.time_unit,
+        row_group_events=stored.row_group_events,
         first_time=filters.get("first_time"),
         end_time=filters.get("end_time"),
         min_vocabulary_count=filters.get("min_vocabulary_count", 1),
@@ -91,9 +93,9 @@ def _settings(config: AppendConfig, base: Store) -> IngestConfig:
 
 def _refuse_known(paths: list[Location], base: Store) -> None:
     """Without event ids only the bytes of a file tell that its events are in the store already."""
-    taken = [entry for entry in base.manifest["source"]["files"] if entry["events"]]
-    known = {entry["sha256"]: f"{mask_credentials(entry['path'])}, version {entry['generation']}" for entry in taken}
-    sizes = {entry["bytes"] for entry in taken}
+    taken = [entry for entry in base.manifest.source.files if entry.events]
+    known = {entry.sha256: f"{mask_credentials(entry.path)}, version {entry.version}" for entry in taken}
+    sizes = {entry.bytes for entry in taken}
     for path in paths:
         if path.size() in sizes and (digest := path.digest()) in known:
             raise DataError(
@@ -109,20 +111,20 @@ class Merged(NamedTuple):
     them, None where every event was known or dropped. outside: events dropped by the time range.
     """
 
-    inputs: list[dict]
+    inputs: list[SourceFile]
     read_events: int
     checks: dict[str, int]
     duplicates: int
     outside: int
-    old: list[dict]
-    data: list[dict]
-    vocabularies: dict[str, dict]
+    old: list[HistoryFile]
+    data: list[HistoryFile]
+    vocabularies: dict[str, VocabularyFile]
     counts: dict[str, int] | None
 
 
 def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str, work: Path) -> Merged:
     root, roles = base.path, config.roles()
-    old_files = {_bucket(entry): entry for entry in base.manifest["files"]}
+    old_files = {entry.bucket: entry for entry in base.manifest.files}
     (work / "duckdb").mkdir()
     with MergeEngine(
         base=base,
@@ -133,29 +135,25 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
         checks=config.checks,
     ) as engine:
         inputs = engine.load_inputs(paths, format=format, columns=roles)
-        read_events = sum(entry["events"] for entry in inputs)
+        read_events = sum(entry.events for entry in inputs)
         checks = engine.clean()
         engine.adopt_types()
         outside = engine.keep_times(*config.time_range())
         old = _pick(old_files, engine.touched_buckets())
-        copies = {entry["path"]: (root / entry["path"]).fetch(work / "old" / str(_bucket(entry))) for entry in old}
+        copies = {entry.path: (root / entry.path).fetch(work / "old" / str(entry.bucket)) for entry in old}
         for entry in old:  # a bit flipped on disk must not be copied under a fresh digest
-            check_digest(root, entry, copy=copies[entry["path"]])
+            check_digest(root / entry.path, entry.sha256, copy=copies[entry.path])
         checks["duplicates"] += (known := engine.drop_known(list(copies.values())))
         duplicates = checks["duplicates"] if config.checks.duplicates is Policy.drop else known
         if not engine.num_staged():
             return Merged(inputs, read_events, checks, duplicates, outside, [], [], {}, None)
         old = _pick(old_files, engine.touched_buckets())
         counts = engine.fold(min_vocabulary_count=config.min_vocabulary_count)
-        vocabularies = write_vocabularies(engine, list(base.manifest["vocabularies"]), work)
+        vocabularies = write_vocabularies(map(engine.vocabulary, base.manifest.vocabularies), work)
         data, order_checks = write_sorted(
-            engine.merged_batches([copies[entry["path"]] for entry in old]),
+            engine.merged_batches([copies[entry.path] for entry in old]),
             root=work,
-            schema=schema.history_schema(
-                user_type=engine.id_type("user"),
-                event_id_type=engine.id_type("event_id"),
-                context_columns=config.context_columns,
-            ),
+            schema=history_schema(base.manifest.schema.user_id, base.manifest.schema.events),
             row_group_events=config.row_group_events,
             checks=config.checks,
             unit=base.time_unit,
@@ -173,59 +171,53 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
             f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
             "program: please report it with the input"
         )
-    number = next_version(root)
-    data = put_in_place(merged.data, work, root)
-    names, entries = list(merged.vocabularies), list(merged.vocabularies.values())
-    vocabularies = dict(zip(names, put_in_place(entries, work, root), strict=True))
-    by_bucket = {_bucket(entry): entry for entry in [*base.manifest["files"], *data]}
+    base_files, source, filters = base.manifest.files, base.manifest.source, base.manifest.filters
+    by_bucket = {entry.bucket: entry for entry in [*base_files, *merged.data]}
     files = [by_bucket[bucket] for bucket in sorted(by_bucket)]
-    source, filters = base.manifest["source"], base.manifest["filters"]
+    version = next_version(root)
+    inputs = [replace(entry, path=mask_credentials(entry.path)) for entry in source.files]
+    inputs += [replace(entry, version=version) for entry in merged.inputs]
     dropped = {"dropped_duplicates": merged.duplicates, "dropped_events": merged.outside}
-    content = {
-        **base.manifest,
-        "parent": base.manifest["hash"],
-        "num_users": counts["users"],
-        "num_events": _num_events(files),
-        "files": files,
-        "vocabularies": vocabularies,
-        "source": {
-            **source,
-            "files": [
-                *({**entry, "path": mask_credentials(entry["path"])} for entry in source["files"]),
-                *({**entry, "generation": number} for entry in merged.inputs),
-            ],
-        },
-        "filters": filters | {name: filters[name] + more for name, more in dropped.items()},
-        "checks": merged.checks,
-    }
-    manifest = publish(root, number, content)
-    data_bytes = sum(entry["bytes"] for entry in data)
-    written_bytes = data_bytes + sum(entry["bytes"] for entry in vocabularies.values())
+    manifest = replace(
+        base.manifest,
+        version=version,
+        parent=base.manifest.hash,
+        num_users=counts["users"],
+        num_events=_num_events(files),
+        files=files,
+        vocabularies=merged.vocabularies,
+        source=replace(source, files=inputs),
+        filters=filters | {name: filters[name] + more for name, more in dropped.items()},
+        checks=merged.checks,
+    )
+    manifest = publish(root, manifest, work=work)
+    data_bytes = sum(entry.bytes for entry in merged.data)
+    written_bytes = data_bytes + sum(entry.bytes for entry in merged.vocabularies.values())
     appended_bytes = data_bytes * counts["appended_events"] / expected
     return {
-        "version": number,
-        "hash": manifest["hash"],
+        "version": version,
+        "hash": manifest.hash,
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,
         "checks": merged.checks,
         **counts,
-        "events": manifest["num_events"],
-        "rewritten_files": len(data),
+        "events": manifest.num_events,
+        "rewritten_files": len(merged.data),
         "written_bytes": written_bytes,
         "appended_bytes": round(appended_bytes),
         "write_amplification": round(written_bytes / appended_bytes, 2),
     }
 
 
-def _num_events(entries: list[dict]) -> int:
-    return sum(entry["num_events"] for entry in entries)
+def _num_events(entries: list[HistoryFile]) -> int:
+    return sum(entry.num_events for entry in entries)
 
 
 def _nothing_new(base: Store, merged: Merged) -> dict:
     """Every event was there already, or dropped: the current version stays the current one."""
     return {
         "version": base.version,
-        "hash": base.manifest["hash"],
+        "hash": base.manifest.hash,
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,
         "checks": merged.checks,
@@ -242,9 +234,5 @@ def _nothing_new(base: Store, merged: Merged) -> dict:
     }
 
 
-def _pick(files: dict[int, dict], buckets: set[int]) -> list[dict]:
+def _pick(files: dict[int, HistoryFile], buckets: set[int]) -> list[HistoryFile]:
     return [files[bucket] for bucket in sorted(buckets) if bucket in files]
-
-
-def _bucket(entry: dict) -> int:
-    return int(Path(entry["path"]).parent.name.removeprefix("bucket="))

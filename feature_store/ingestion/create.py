@@ -17,9 +17,10 @@ from elastic_rec.feature_store.ingestion.config import Engine, IngestConfig
 from elastic_rec.feature_store.ingestion.engines.base import IngestEngine
 from elastic_rec.feature_store.ingestion.engines.duckdb import DuckEngine
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
-from elastic_rec.feature_store.ingestion.writer import describe_schema, write_vocabularies
-from elastic_rec.feature_store.table import schema
+from elastic_rec.feature_store.ingestion.writer import write_vocabularies
+from elastic_rec.feature_store.table.format import HistoryManifest, HistorySchema, Source
 from elastic_rec.feature_store.table.location import Location
+from elastic_rec.feature_store.table.schema import event_types, history_schema
 from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging, stage
 from elastic_rec.feature_store.utils.atomic_write import at_place
 from elastic_rec.feature_store.utils.errors import DataError
@@ -36,8 +37,8 @@ def ingest(config: IngestConfig) -> dict:
         raise DataError("out is empty: say where to write the store")
     paths, format = find_inputs(config.input, format=config.format.value)
     with at_place(config.out), stage(config.out, overwrite=config.overwrite) as staging:
-        content, figures = _build(config, paths, format, staging)
-        staging.commit(content)
+        manifest, figures = _build(config, paths, format, staging)
+        staging.commit(manifest)
     seconds = time.perf_counter() - began
     return {
         "store": str(config.out),
@@ -67,8 +68,8 @@ def _engine(config: IngestConfig, work: Path) -> IngestEngine:
 
 def _build(
     config: IngestConfig, paths: list[Location], format: str, staging: LocalStaging | RemoteStaging
-) -> tuple[dict, dict]:
-    """Data files and vocabularies in staging.root; returns what the manifest says of them, and figures."""
+) -> tuple[HistoryManifest, dict]:
+    """Data files and vocabularies in staging.root; returns the manifest that names them, and figures."""
     roles = config.roles()
     with _engine(config, staging.work) as engine:
         inputs = engine.load_inputs(paths, format=format, columns=roles)
@@ -81,37 +82,37 @@ def _build(
                 f"min_item_events={config.min_item_events} and min_user_events={config.min_user_events}; lower them "
                 "(or first_time, end_time leave nothing)"
             )
-        vocabularies = write_vocabularies(engine, ["user", "item", *config.context_columns], staging.root)
-        store_schema = schema.history_schema(
-            user_type=engine.id_type("user"),
-            event_id_type=engine.id_type("event_id"),
-            context_columns=config.context_columns,
-        )
+        columns = ["user", "item", *config.context_columns]
+        vocabularies = write_vocabularies(map(engine.vocabulary, columns), staging.root)
+        events = event_types(event_id_type=engine.id_type("event_id"), context_columns=config.context_columns)
+        stored = HistorySchema(user_id=engine.id_type("user"), events=events)
         files, order_checks = engine.write(
-            staging, num_buckets=config.num_buckets, schema=store_schema, row_group_events=config.row_group_events
+            staging,
+            num_buckets=config.num_buckets,
+            schema=history_schema(stored.user_id, stored.events),
+            row_group_events=config.row_group_events,
         )
     dropped = {f"dropped_{what}": counts[f"read_{what}"] - counts[what] for what in ("events", "users", "items")}
     dropped["dropped_duplicates"] = checks["duplicates"] if config.checks.duplicates is Policy.drop else 0
     checks = order_checks | checks
     filters |= {"first_time": config.first_time, "end_time": config.end_time}
-    content = {
-        "generation": 0,
-        "name": config.name,
-        "time_unit": config.timestamp_unit.value,
-        "num_users": counts["users"],
-        "num_events": counts["events"],
-        "num_buckets": config.num_buckets,
-        "row_group_events": config.row_group_events,
-        "bucket_hash": BUCKET_HASH,
-        "schema": describe_schema(store_schema),
-        "files": files,
-        "vocabularies": vocabularies,
-        "source": {"columns": roles, "files": [{**entry, "generation": 0} for entry in inputs]},
-        "filters": filters | dropped,
-        "checks": {name: checks[name] for name in CHECKS},
-    }
-    size = sum(entry["bytes"] for entry in [*content["files"], *vocabularies.values()])
+    manifest = HistoryManifest(
+        name=config.name,
+        time_unit=config.timestamp_unit.value,
+        num_users=counts["users"],
+        num_events=counts["events"],
+        num_buckets=config.num_buckets,
+        row_group_events=config.row_group_events,
+        bucket_hash=BUCKET_HASH,
+        schema=stored,
+        files=files,
+        vocabularies=vocabularies,
+        source=Source(columns=roles, files=inputs),
+        filters=filters | dropped,
+        checks={name: checks[name] for name in CHECKS},
+    )
     kept = {key: counts[key] for key in ("users", "items", "events")}
-    kept["read_events"] = sum(entry["events"] for entry in inputs)
-    figures = {**kept, **dropped, "checks": content["checks"]}
-    return content, {**figures, "input_files": len(paths), "data_files": len(files), "written_bytes": size}
+    kept["read_events"] = sum(entry.events for entry in inputs)
+    size = sum(entry.bytes for entry in manifest.named_files())
+    figures = {**kept, **dropped, "checks": manifest.checks}
+    return manifest, {**figures, "input_files": len(paths), "data_files": len(files), "written_bytes": size}

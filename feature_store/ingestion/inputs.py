@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import unquote
 
+from elastic_rec.feature_store.table.format import SourceFile
 from elastic_rec.feature_store.table.location import WILDCARD, Location, open_location
 from elastic_rec.feature_store.utils.credentials import refuse_credentials
 from elastic_rec.feature_store.utils.errors import DataError
@@ -52,18 +53,18 @@ def find_inputs(inputs: list[str], *, format: str) -> tuple[list[Location], str]
     return paths, _common_format(paths) if format == "auto" else format
 
 
-def check_entries(entries: list[dict]) -> None:
-    """entries: {path, sha256, events: rows} of all files read. DataError where none has a row, or two have the same
-    bytes: a copy or a link under another name. Files without rows say nothing twice."""
-    if not any(entry["events"] for entry in entries):
+def check_entries(entries: list[SourceFile]) -> None:
+    """entries: of all files read. DataError where none has a row, or two have the same bytes: a copy or a link under
+    another name. Files without rows say nothing twice."""
+    if not any(entry.events for entry in entries):
         others = f", nor in the other {len(entries) - 1} files" if len(entries) > 1 else ""
-        raise DataError(f"{entries[0]['path']}: no rows (a header at most){others}; check input")
-    first: dict[str, dict] = {}
+        raise DataError(f"{entries[0].path}: no rows (a header at most){others}; check input")
+    first: dict[str, SourceFile] = {}
     for entry in entries:
-        if entry["events"] and (same := first.setdefault(entry["sha256"], entry)) is not entry:
+        if entry.events and (same := first.setdefault(entry.sha256, entry)) is not entry:
             raise DataError(
-                f"{entry['path']}: the same bytes as {same['path']}; each row would be counted twice, leave one "
-                "of them out of input"
+                f"{entry.path}: the same bytes as {same.path}; each row would be counted twice, leave one of them out "
+                "of input"
             )
 
 

@@ -32,13 +32,13 @@ class MergeEngine(DuckEngine):
         settings = {"memory_limit": memory_limit, "threads": threads, "checks": checks}
         super().__init__(work=work, roles=roles, unit=base.time_unit, **settings)
         self._base = base
-        self._num_buckets = base.manifest["num_buckets"]
+        self._num_buckets = base.manifest.num_buckets
 
     def adopt_types(self) -> None:
         """Ids get the types of the store; DataError where the new ones do not fit them."""
-        self._types = {role: entry["type"] for role, entry in self._base.manifest["vocabularies"].items()}
+        self._types = {role: entry.type for role, entry in self._base.manifest.vocabularies.items()}
         if EVENT_ID in self._roles:
-            self._types[EVENT_ID] = self._base.manifest["schema"][EVENTS][EVENT_ID]
+            self._types[EVENT_ID] = self._base.manifest.schema.events[EVENT_ID]
         for role, type in self._types.items():
             if type == "string" and self._kinds[role] == "int64":
                 raise DataError(f"input has int64 in {role}, {self._base.path} has strings there; write it as text")
@@ -75,10 +75,11 @@ class MergeEngine(DuckEngine):
         and of users and items in all."""
         figures = {"appended_events": self._one("SELECT count(*) FROM raw")}
         for role in self._indexed:
-            entry = self._base.manifest["vocabularies"][role]
+            entry = self._base.manifest.vocabularies[role]
             least = 1 if role == "user" else min_vocabulary_count
-            path = (self._base.path / entry["path"]).fetch(self._work / "vocab")
-            check_digest(self._base.path, entry, copy=path)  # as of data files: no flipped bit under a fresh digest
+            stored = self._base.path / entry.path
+            path = stored.fetch(self._work / "vocab")
+            check_digest(stored, entry.sha256, copy=path)  # as of data files: no flipped bit under a fresh digest
             old = f"read_parquet({_list([path])}, hive_partitioning=false)"
             self._run(
                 f'CREATE TABLE counted AS SELECT "{role}" AS raw_id, {self._value(role)} AS id, count(*) AS n '
@@ -88,13 +89,13 @@ class MergeEngine(DuckEngine):
                 f'CREATE TABLE "vocab_{role}" AS '
                 'SELECT raw_id, old.id, old."count" + coalesce(n, 0) AS n, old."index" AS idx '
                 f"FROM {old} old LEFT JOIN counted USING (id) UNION ALL "
-                f"SELECT raw_id, id, n, row_number() OVER (ORDER BY n DESC, id) + {entry['size'] - 1} AS idx "
+                f"SELECT raw_id, id, n, row_number() OVER (ORDER BY n DESC, id) + {entry.size - 1} AS idx "
                 f"FROM counted ANTI JOIN {old} old USING (id) WHERE n >= {least}"
             )
             self._run("DROP TABLE counted")
             if role in ("user", "item"):
                 size = self._one(f'SELECT count(*) FROM "vocab_{role}"')
-                figures |= {f"{role}s": size, f"new_{role}s": size + 2 - entry["size"]}
+                figures |= {f"{role}s": size, f"new_{role}s": size + 2 - entry.size}
         return figures
 
     def merged_batches(self, files: list[Path]) -> pa.RecordBatchReader:
@@ -102,7 +103,7 @@ class MergeEngine(DuckEngine):
         new = self._new_events(self._num_buckets)
         if not files:
             return self._sorted(new)
-        leaves = ", ".join(f'event."{leaf}"' for leaf in self._base.manifest["schema"][EVENTS])
+        leaves = ", ".join(f'event."{leaf}"' for leaf in self._base.manifest.schema.events)
         old = (
             f"SELECT {self._bucket(USER, self._num_buckets)} AS bucket, {USER}, {leaves}, "
             f"place + {BEFORE_ALL_INPUT} AS {SEQ} FROM ({_old_events(files)})"

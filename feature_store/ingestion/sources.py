@@ -156,6 +156,15 @@ def cast_ids(values: pa.Array, stored: str, *, where: str) -> pa.Array:
         raise DataError(f"{where}: {error}; write ids as {stored}") from error
 
 
+def parquet_schema(path: Location, local: Path) -> tuple[pa.Schema, int]:
+    """(schema, number of rows) of a Parquet file; DataError where it is none."""
+    try:
+        with pq.ParquetFile(local) as file:
+            return file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not readable as Parquet ({error}); truncated? write or copy it again") from error
+
+
 def parquet_scan(local: Path, num_columns: int) -> str:
     """SQL of a Parquet file with columns c0, c1, ...: names in SQL ignore case, names in files need not."""
     names = ", ".join(f"c{i}" for i in range(num_columns))
@@ -262,12 +271,7 @@ def _read_header(path: Location, local: Path, format: str, columns: dict[str, st
 
 
 def _open_parquet(path: Location, local: Path, columns: dict[str, str]) -> Source:
-    try:
-        file = pq.ParquetFile(local)
-        schema, num_rows = file.schema_arrow, file.metadata.num_rows
-        file.close()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({error}); truncated? write or copy it again") from error
+    schema, num_rows = parquet_schema(path, local)
     settings, scan = column_settings(columns), parquet_scan(local, len(schema.names))
     raw = {role: find_column(path, schema.names, name, setting=settings[role]) for role, name in columns.items()}
     if num_rows == 0:  # its types say nothing: pandas has none for a column without values

@@ -12,8 +12,8 @@ Where groups end depends on the data only, not on how the stream was cut into ba
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.ingestion.checks import ChecksConfig, OrderWatch
-from elastic_rec.feature_store.ingestion.engines.base import IngestEngine
-from elastic_rec.feature_store.table import manifest
-from elastic_rec.feature_store.table.schema import EVENTS, TIMESTAMP, USER, leaf_path
+from elastic_rec.feature_store.table.format import HistoryFile, VocabularyFile
+from elastic_rec.feature_store.table.manifest import describe_data_file, describe_file
+from elastic_rec.feature_store.table.schema import EVENT_ID, EVENTS, TIMESTAMP, USER, leaf_path
+from elastic_rec.feature_store.table.vocabulary import Vocabulary
 from elastic_rec.feature_store.utils.jagged import run_starts
 from elastic_rec.feature_store.utils.prefetch import prefetch
 from elastic_rec.feature_store.utils.progress import progress
@@ -32,67 +33,99 @@ BUCKET = "bucket"
 Watch = Callable[[pa.Table, np.ndarray], None]
 
 
-@dataclass
-class WrittenFile:
-    """One finished data file; times in the store's unit; row_groups: (num_users, num_events) each."""
+class BucketFiles:
+    """Data files of a table, bucket after bucket: root/bucket=0000/part-000.parquet, a row group for each write.
 
-    path: Path
-    min_time: int
-    max_time: int
-    row_groups: list[tuple[int, int]] = field(default_factory=list)
+    written: (bucket, path, [[rows, what they hold], ...]) of each file.
+    """
+
+    def __init__(self, root: Path, schema: pa.Schema, **options: Any) -> None:
+        """options: of ParquetWriter."""
+        self.written: list[tuple[int, Path, list[list[int]]]] = []
+        self._root, self._schema = root, schema
+        # Page checksums: the reader compares them, so that a flipped bit is an error and not a wrong item.
+        self._options = {"compression": "zstd", "write_page_checksum": True, **options}
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, bucket: int, rows: pa.Table, num_values: int) -> None:
+        """rows: of one row group, in the schema. num_values: what their lists hold together."""
+        if not self.written or self.written[-1][0] != bucket:
+            self.close()
+            path = self._root / f"bucket={bucket:04d}" / "part-000.parquet"
+            path.parent.mkdir()
+            self._writer = pq.ParquetWriter(path, self._schema, **self._options)
+            self.written.append((bucket, path, []))
+        self._writer.write_table(rows, row_group_size=len(rows))
+        self.written[-1][2].append([len(rows), num_values])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
-def write_histories(
+def write_sorted(
     batches: Iterable[pa.RecordBatch],
     *,
     root: Path,
     schema: pa.Schema,
     row_group_events: int,
-    watch: Watch | None = None,
+    checks: ChecksConfig,
+    unit: str,
     num_events: int = 0,
-) -> list[WrittenFile]:
-    """Writes bucket=K/part-000.parquet under root; `batches` are sorted by bucket, user and time.
+) -> tuple[list[HistoryFile], dict[str, int]]:
+    """Events sorted by bucket, user and time -> data files under root. Returns their entries, and counts of the checks
+    that look at whole histories. num_events is for the progress bar."""
+    watch = OrderWatch(checks, unit)
+    indices = [leaf.name for leaf in schema.field(EVENTS).type.value_type if leaf.name not in (TIMESTAMP, EVENT_ID)]
+    files = BucketFiles(
+        root,
+        schema,
+        # Timestamps of one user rise, so their deltas are small; item ids repeat, so a dictionary packs them.
+        use_dictionary=[leaf_path(name) for name in indices],
+        column_encoding={leaf_path(TIMESTAMP): "DELTA_BINARY_PACKED"},
+    )
+    times: dict[int, tuple[int, int]] = {}
 
-    watch sees the sorted events of each row group and their users' offsets; num_events is for the progress bar."""
-    writer = _Files(root, schema)
+    def write(group: tuple[int, pa.Table, tuple[int, int]]) -> int:
+        bucket, histories, (low, high) = group
+        files.write(bucket, histories, written := len(histories[EVENTS].chunk(0).values))
+        known = times.get(bucket, (low, high))
+        times[bucket] = min(known[0], low), max(known[1], high)
+        return written
+
     groups = cut_histories(batches, schema=schema, row_group_events=row_group_events, watch=watch)
     bar = progress("write", total=num_events, unit=" events")
     try:
         # Encoding and compression let go of Python's lock: meanwhile the next row group is fetched and cut.
-        for written in prefetch(writer.write, groups, workers=1):
+        for written in prefetch(write, groups, workers=1):
             bar.update(written)
     finally:
         bar.close()
-        writer.close()
-    return writer.written
+        files.close()
+    entries = [
+        HistoryFile(
+            **describe_data_file(root, path),
+            num_users=sum(users for users, _ in row_groups),
+            num_events=sum(events for _, events in row_groups),
+            row_groups=row_groups,
+            min_time=times[bucket][0],
+            max_time=times[bucket][1],
+        )
+        for bucket, path, row_groups in files.written
+    ]
+    return entries, watch.counts
 
 
-class _Files:
-    """Data files of the buckets, one after the other."""
-
-    def __init__(self, root: Path, schema: pa.Schema) -> None:
-        self.written: list[WrittenFile] = []
-        self._root, self._schema = root, schema
-        self._bucket, self._writer = -1, None
-
-    def write(self, group: tuple[int, pa.Table, tuple[int, int]]) -> int:
-        """One row group, as cut_histories yields it; returns its events."""
-        bucket, histories, (low, high) = group
-        if bucket != self._bucket:
-            self.close()
-            path = self._root / f"bucket={bucket:04d}" / "part-000.parquet"
-            path.parent.mkdir()
-            self._bucket, self._writer = bucket, _open_writer(path, self._schema)
-            self.written.append(WrittenFile(path, low, high))
-        self._writer.write_table(histories, row_group_size=len(histories))
-        file, num_events = self.written[-1], len(histories[EVENTS].chunk(0).values)
-        file.min_time, file.max_time = min(file.min_time, low), max(file.max_time, high)
-        file.row_groups.append((len(histories), num_events))
-        return num_events
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+def write_vocabularies(vocabularies: Iterable[Vocabulary], root: Path) -> dict[str, VocabularyFile]:
+    """Writes root/vocab/COLUMN.parquet for each; returns their entries."""
+    (root / "vocab").mkdir()
+    entries = {}
+    for vocabulary in vocabularies:
+        path = root / "vocab" / f"{vocabulary.column}.parquet"
+        vocabulary.write(path)
+        described = describe_file(root, path)
+        entries[vocabulary.column] = VocabularyFile(size=vocabulary.size, type=vocabulary.type, **described)
+    return entries
 
 
 def cut_histories(
@@ -152,66 +185,3 @@ def build_histories(events: pa.Table, offsets: np.ndarray, schema: pa.Schema) ->
     )
     users = events[USER].combine_chunks().take(pa.array(offsets[:-1])).cast(schema.field(USER).type)
     return pa.table([users, pa.array(np.diff(offsets), pa.int32()), lists], schema=schema)
-
-
-def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    indices = [leaf.name for leaf in schema.field(EVENTS).type.value_type if leaf.name not in (TIMESTAMP, "event_id")]
-    return pq.ParquetWriter(
-        path,
-        schema,
-        compression="zstd",
-        # Timestamps of one user rise, so their deltas are small; item ids repeat, so a dictionary packs them.
-        use_dictionary=[leaf_path(name) for name in indices],
-        column_encoding={leaf_path(TIMESTAMP): "DELTA_BINARY_PACKED"},
-        write_page_checksum=True,  # the reader checks it: a flipped bit is an error, not a wrong item
-    )
-
-
-def write_sorted(
-    batches: Iterable[pa.RecordBatch],
-    *,
-    root: Path,
-    schema: pa.Schema,
-    row_group_events: int,
-    checks: ChecksConfig,
-    unit: str,
-    num_events: int = 0,
-) -> tuple[list[dict], dict[str, int]]:
-    """Sorted events -> data files under root. Returns what the manifest says of each, and counts of the checks that
-    look at whole histories. num_events is for the progress bar."""
-    watch = OrderWatch(checks, unit)
-    written = write_histories(
-        batches, root=root, schema=schema, row_group_events=row_group_events, watch=watch, num_events=num_events
-    )
-    return [_describe_written(root, file) for file in written], watch.counts
-
-
-def write_vocabularies(engine: IngestEngine, columns: list[str], root: Path) -> dict[str, dict]:
-    (root / "vocab").mkdir()
-    entries = {}
-    for column in columns:
-        path = root / "vocab" / f"{column}.parquet"
-        vocabulary = engine.vocabulary(column)
-        vocabulary.write(path)
-        described = manifest.describe_file(root, path)
-        entries[column] = {"size": vocabulary.size, "type": engine.id_type(column), **described}
-    return entries
-
-
-def describe_schema(store_schema: pa.Schema) -> dict:
-    leaves = store_schema.field(EVENTS).type.value_type
-    return {
-        USER: str(store_schema.field(USER).type),
-        EVENTS: {leaf.name: str(leaf.type) for leaf in leaves},
-    }
-
-
-def _describe_written(root: Path, file: WrittenFile) -> dict:
-    return {
-        **manifest.describe_data_file(root, file.path),
-        "num_users": sum(users for users, _ in file.row_groups),
-        "num_events": sum(events for _, events in file.row_groups),
-        "row_groups": [list(group) for group in file.row_groups],
-        "min_time": file.min_time,
-        "max_time": file.max_time,
-    }

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from elastic_rec.feature_store.states.files import StateFile
-from elastic_rec.feature_store.table import impression_manifest as impressions
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.manifest import (
     MANIFEST,
     check_digest,
     filed_versions,
+    load_impressions,
     load_manifest,
-    named_files,
 )
 from elastic_rec.feature_store.table.own_files import IMPRESSIONS, state_files
 from elastic_rec.feature_store.utils.errors import DataError
@@ -23,7 +22,8 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 @dataclass
 class Findings:
-    """counts: files that are whole, by kind, and bytes read. broken: of each other file its path and what is wrong."""
+    """What a check has found. counts: files that are whole, by kind, and bytes read. broken: what is wrong with each of
+    the others, with its path."""
 
     counts: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
@@ -49,13 +49,13 @@ def verify_store(root: Location, findings: Findings) -> None:
     for version in [None, *filed_versions(root)]:
         with findings.about("manifests"):
             manifest = load_manifest(root, version)
-            data |= {(entry["path"], entry["sha256"]): entry for entry in manifest["files"]}
-            vocabularies |= {(entry["path"], entry["sha256"]): entry for entry in manifest["vocabularies"].values()}
+            data |= {(entry.path, entry.sha256): entry for entry in manifest.files}
+            vocabularies |= {(entry.path, entry.sha256): entry for entry in manifest.vocabularies.values()}
     for kind, entries in (("data_files", data), ("vocabularies", vocabularies)):
-        findings.counts["bytes"] += sum(entry["bytes"] for entry in entries.values())
+        findings.counts["bytes"] += sum(entry.bytes for entry in entries.values())
         for entry in entries.values():
             with findings.about(kind):
-                check_digest(root, entry)
+                check_digest(root / entry.path, entry.sha256)
     if (root / IMPRESSIONS / MANIFEST).is_file():
         _verify_impressions(root, findings)
     for path in state_files(root):
@@ -64,10 +64,10 @@ def verify_store(root: Location, findings: Findings) -> None:
 
 
 def _verify_impressions(root: Location, findings: Findings) -> None:
-    entries: list[dict] = []
+    entries = []
     with findings.about("manifests"):
-        entries = named_files(impressions.load_manifest(root))
-    findings.counts["bytes"] += sum(entry["bytes"] for entry in entries)
+        entries = load_impressions(root).named_files()
+    findings.counts["bytes"] += sum(entry.bytes for entry in entries)
     for entry in entries:
         with findings.about("impression_files"):
-            check_digest(root / IMPRESSIONS, entry)
+            check_digest(root / IMPRESSIONS / entry.path, entry.sha256)

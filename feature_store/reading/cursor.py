@@ -11,8 +11,10 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 @dataclass(frozen=True)
 class Cursor:
-    """rows: users of the epoch's global order consumed, over all ranks. manifest_hash: of the store's version, and
-    so of every byte of it."""
+    """A place in an epoch. rows: users of its global order that all ranks have consumed (of impressions: groups).
+
+    manifest_hash: of the store's version, and so of every byte of it.
+    """
 
     seed: int
     epoch: int
@@ -24,12 +26,12 @@ class Cursor:
 
         Each rank reads its share of the files; all of them together read every byte once.
         """
-        if store.manifest["hash"] != self.manifest_hash:
+        if store.manifest.hash != self.manifest_hash:
             raise DataError(
                 f"{store.path}: the cursor was taken on the manifest {self.manifest_hash[:12]}, this one is "
-                f"{store.manifest['hash'][:12]} (version {store.version}): open the version it was taken on"
+                f"{store.manifest.hash[:12]} (version {store.version}): open the version it was taken on"
             )
         # Again, although the store is open: a file may have gone or been cut since.
         manifest = read_manifest(store.path, store.version)
-        for entry in manifest["files"][rank::world_size]:
-            check_digest(store.path, entry)
+        for entry in manifest.files[rank::world_size]:
+            check_digest(store.path / entry.path, entry.sha256)

@@ -7,9 +7,9 @@ Within a block, unit j of a group of n, in an order drawn for that group, stands
     group B, 2 units   b0        b1
     group C, 2 units        c0        c1
 
-so the block is shuffled, and every stretch of it holds about the same share of each of its groups. A rank therefore
-owns whole row groups, decodes no others, and still has about its share of every batch: of the events too, since row
-groups are cut by events. The order is a function of (counts, seed, epoch); only the ownership depends on the ranks.
+so the block is shuffled, and every part of it holds about the same share of each of its groups. A rank therefore owns
+whole row groups and decodes no others. It still has about its share of every batch; of the events too, since row groups
+are cut by events. The order is a function of (counts, seed, epoch); only the ownership depends on the ranks.
 
 A block with fewer groups than ranks is decoded by all of them, and each takes a stride of it.
 """
@@ -30,7 +30,7 @@ _GROUPS, _PLACES, _UNITS, _CLASSES = 1, 5, 2, 7  # tell the uses of counter_hash
 
 class Share(NamedTuple):
     """What one rank takes of one row group: its units `picks` (numbers in the group's drawn order), which stand at
-    `positions` (ascending) of the epoch."""
+    `positions` (ascending) of the epoch. Group B of the drawing: picks [0, 1], positions [0, 4]."""
 
     group: int
     picks: np.ndarray
@@ -38,9 +38,10 @@ class Share(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Units [start, stop) of the epoch, and this rank's shares of it; groups without units are in no block.
+    """Units [start, stop) of the epoch, and this rank's shares of it. Groups without units are in no block.
 
-    members: all its row groups. places: of their units, group after group in drawn order, the place within the block.
+    members: all its row groups. places: of their units, group after group in drawn order, the place within the block;
+    in the drawing [1, 2, 5, 6, 0, 4, 3, 7].
     """
 
     start: int
@@ -62,9 +63,12 @@ def epoch_blocks(
     row_groups_per_block: int = ROW_GROUPS_PER_BLOCK,
     classes_of: Callable[[int], np.ndarray] | None = None,
 ) -> Iterator[Block]:
-    """num_units_G: units of each row group of the store. costs_G: what reading one costs (events), to balance ranks.
-    classes_of(group): a class (int) of each of its units, in drawn order: units of one class then stand together in a
-    block, the classes in an order drawn for the block."""
+    """The blocks of an epoch, in order, with this rank's shares of them.
+
+    num_units_G: units of each row group of the store. costs_G: what reading one costs (events), to balance ranks.
+    classes_of(group): a class (int) of each of its units, in drawn order. Units of one class then stand together in a
+    block, the classes in an order drawn for the block.
+    """
     groups = np.flatnonzero(num_units_G)
     if shuffle:
         groups = groups[np.argsort(counter_hash(_GROUPS, seed, epoch, groups), kind="stable")]
@@ -92,7 +96,7 @@ def epoch_blocks(
 
 
 def drawn_order(keys: np.ndarray, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The order of a group's units, which their owner draws by a key of each (its row number)."""
+    """(N,) the order of a group's units, drawn by a key of each (its row number): numbers 0..N-1."""
     if not shuffle:
         return np.arange(len(keys))
     return np.argsort(counter_hash(_UNITS, seed, epoch, keys), kind="stable")

@@ -5,21 +5,22 @@
                                         rank 1:  2 9 | 0   | (padding)
 
 The order is a function of (store, seed, epoch) alone, and so is what a global batch holds: a run goes on from a Cursor
-at any world size with nothing lost or repeated. Blocks are decoded ahead in the background; neither the number of
-threads nor that of ranks shows in the order.
+at any world size with nothing lost or repeated. Threads decode the next blocks in the background; neither their number
+nor that of ranks shows in the order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.reading.cursor import Cursor
 from elastic_rec.feature_store.reading.epoch_order import ROW_GROUPS_PER_BLOCK, Block, drawn_order, epoch_blocks
-from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, no_users, padding_histories
+from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.errors import DataError
@@ -28,26 +29,29 @@ from elastic_rec.feature_store.utils.prefetch import prefetch
 
 
 class Loaded(NamedTuple):
-    """A block, and this rank's users of it in the global order, with their positions in the epoch."""
+    """A block, and this rank's users of it in the global order, with their positions in the epoch, (U,) rising."""
 
     block: Block
-    users: Users
+    users: Sequences
     positions: np.ndarray
 
-    def between(self, begin: int, end: int) -> Users:
+    def between(self, begin: int, end: int) -> Sequences:
+        """The users at positions begin to end - 1 of the epoch that are here."""
         return self.users.slice(*np.searchsorted(self.positions, [begin, end]).tolist())
 
 
 class HistoryReader:
-    """One rank's view of a store. columns: event columns to read; "item" is read whether named or not.
+    """One rank's view of a store: its share of each global batch, as Sequences with times in the store's unit.
 
-    workers: threads that decode ahead, a block each; 0: none.
+    columns: event columns to read; "item" is read whether named or not. global_batch_size: users, over all ranks.
+    workers: threads that decode the next blocks, one each; 0: none.
     row_groups_per_block: part of the order. More of them shuffle more widely and balance more ranks (a block has
-    several groups for each rank), and take as much more memory: a rank holds its share of workers + 2 blocks.
+    several groups for each rank). They take more memory: a rank holds its share of workers + 2 blocks.
     events_per_batch: token budget of a global batch; 0: none. A user counts with at most max_history events. A batch
-    then ends before the user who would exceed it, at global_batch_size users, or with its block; a user who alone
-    exceeds it is a batch of their own. Batches hold as many users as fit, so an epoch has num_batches_in(epoch).
+    then ends before the user who would exceed it, at global_batch_size users, or with its block. A user who alone
+    exceeds it is a batch of their own. Epochs differ in their number of batches: num_batches_in(epoch).
     bucket_lengths: users of like length (factors of two) stand together, the lengths of a block in a drawn order.
+    Raises DataError for more ranks than users, and for batches of fewer users than ranks.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class HistoryReader:
 
     @property
     def num_users(self) -> int:
+        """Users of the store, each of whom comes once per epoch."""
         return self.store.num_users
 
     @property
@@ -101,32 +106,33 @@ class HistoryReader:
         return -(-self.num_users // self.global_batch_size)
 
     def num_batches_in(self, epoch: int) -> int:
+        """Global batches in this epoch, the same on every rank."""
         return len(self._all_ends(epoch)) if self.events_per_batch else self.num_batches
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Histories]:
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Sequences]:
         """Batches start_batch, start_batch + 1, ... of one epoch. Blocks before the first one needed are not read."""
         return self._batches(epoch, self._rows_after(epoch, start_batch))
 
     def cursor(self, epoch: int, batches: int) -> Cursor:
         """Where reading stands after so many batches of an epoch."""
-        return Cursor(self.seed, epoch, self._rows_after(epoch, batches), self.store.manifest["hash"])
+        return Cursor(self.seed, epoch, self._rows_after(epoch, batches), self.store.manifest.hash)
 
-    def resume(self, cursor: Cursor) -> Iterator[Histories]:
+    def resume(self, cursor: Cursor) -> Iterator[Sequences]:
         """The rest of a cursor's epoch, in the order it would have had. DataError where store or seed are others."""
         cursor.check(self.store, rank=self.rank, world_size=self.world_size)
         if cursor.seed != self.seed or not 0 <= cursor.rows <= self.num_users:
             raise DataError(f"{cursor} does not fit seed {self.seed} and {self.num_users} users; give its own seed")
         return self._batches(cursor.epoch, cursor.rows)
 
-    def _batches(self, epoch: int, begin: int) -> Iterator[Histories]:
+    def _batches(self, epoch: int, begin: int) -> Iterator[Sequences]:
         """Batches from position `begin` on."""
-        parts: list[Users] = []
+        parts: list[Sequences] = []
         for loaded in self._loaded(epoch, begin):
             for end in self._ends(loaded.block, begin, epoch).tolist():
                 parts.append(loaded.between(begin, end))
                 if end > loaded.block.stop:
                     break  # the batch goes on in the next block
-                yield self._histories(parts, num_global_users=end - begin)
+                yield self._batch(parts, end - begin)
                 parts, begin = [], end
 
     def _ends(self, block: Block, begin: int, epoch: int) -> np.ndarray:
@@ -180,40 +186,35 @@ class HistoryReader:
         )
 
     def _loaded(self, epoch: int, begin: int) -> Iterator[Loaded]:
-        """Blocks from the one with position `begin` on, read ahead."""
+        """Blocks from the one with position `begin` on; threads decode the next ones meanwhile."""
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
 
-        def decode(block: Block) -> tuple[Block, list[Users]]:
+        def decode(block: Block) -> tuple[Block, list[Sequences]]:
             return block, [self.decoder.decode(share.group) for share in block.shares]
-
-        def lay_out(block: Block, parts: list[Users]) -> Loaded:
-            if not parts:
-                return Loaded(block, no_users(self.columns), np.zeros(0, np.int64))
-            firsts = offsets_of(np.array([len(users.rows) for users in parts]))
-            picks = np.concatenate(
-                [
-                    first + drawn_order(users.rows, **order)[share.picks]
-                    for first, users, share in zip(firsts, parts, block.shares, strict=False)
-                ]
-            )
-            positions = np.concatenate([share.positions for share in block.shares])
-            in_order = np.argsort(positions)
-            return Loaded(block, concat_users(parts).take(picks[in_order]), positions[in_order])
 
         blocks = (block for block in self._blocks(epoch) if block.stop > begin)
         for block, parts in prefetch(decode, blocks, workers=self.workers):
-            yield lay_out(block, parts)
+            if not parts:
+                yield Loaded(block, self.decoder.padding.slice(0, 0), np.zeros(0, np.int64))
+                continue
+            firsts = offsets_of(np.array([len(users.rows) for users in parts]))[:-1]
+            shares = zip(firsts, parts, block.shares, strict=True)
+            picks = [first + drawn_order(users.rows, **order)[share.picks] for first, users, share in shares]
+            positions = np.concatenate([share.positions for share in block.shares])
+            in_order = np.argsort(positions)
+            users = Sequences.concat(parts).take(np.concatenate(picks)[in_order])
+            yield Loaded(block, users, positions[in_order])
 
-    def _histories(self, parts: list[Users], *, num_global_users: int) -> Histories:
-        users = concat_users(parts)
+    def _batch(self, parts: list[Sequences], num_global_rows: int) -> Sequences:
+        users = Sequences.concat(parts)
         if not len(users.rows):  # a rank without users in a batch still takes part
-            users = padding_histories(self.columns)
-        return users.histories(self.decoder.units_per_second, num_global_users=num_global_users)
+            users = self.decoder.padding
+        return replace(users, num_global_rows=num_global_rows)
 
-    def file_histories(self, file_index: int, batch_size: int) -> Iterator[Histories]:
+    def file_histories(self, file_index: int, batch_size: int) -> Iterator[Sequences]:
         """All users of one data file in store order, batch_size at a time, whatever the rank; the last may be short."""
         groups = [number for number, group in enumerate(self.decoder.groups) if group.file == file_index]
-        pending: list[Users] = []
+        pending: list[Sequences] = []
         num_pending = 0
         for users in prefetch(self.decoder.decode, groups, workers=self.workers):
             at = 0
@@ -222,8 +223,8 @@ class HistoryReader:
                 pending.append(users.slice(at, stop))
                 num_pending += stop - at
                 if num_pending == batch_size:
-                    yield self._histories(pending, num_global_users=num_pending)
+                    yield self._batch(pending, num_pending)
                     pending, num_pending = [], 0
                 at = stop
         if pending:
-            yield self._histories(pending, num_global_users=num_pending)
+            yield self._batch(pending, num_pending)

@@ -27,7 +27,7 @@ from elastic_rec.feature_store.reading.impression_groups import (
     padding_impressions,
     take_groups,
 )
-from elastic_rec.feature_store.reading.row_groups import Decoder, no_users
+from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store, first_users
@@ -36,7 +36,9 @@ from elastic_rec.feature_store.utils.jagged import offsets_of, run_starts
 
 
 class GroupRows(NamedTuple):
-    """Rows [begin, end) of a file of impressions belong to a row group of histories (-1: their bucket has none)."""
+    """Rows [begin, end) of a file of impressions belong to a row group of histories (-1: their bucket has none).
+
+    num_groups: impression groups that they make."""
 
     row_group: int
     file: int
@@ -51,6 +53,7 @@ class ImpressionReader:
     columns: event columns of the histories; "item" is read whether named or not. global_batch_size: impression
     groups per batch, over all ranks. max_impressions_per_user: impressions of a user in one group, at most. Every
     impression of the stage comes once per epoch, and every rank yields the same number of batches.
+    Raises ValueError for settings out of bounds, DataError where the stage has no impressions.
     """
 
     def __init__(
@@ -89,17 +92,20 @@ class ImpressionReader:
 
     @property
     def num_batches(self) -> int:
+        """Global batches in an epoch, the same on every rank; the last may be short."""
         return -(-self.num_groups // self.global_batch_size)
 
     def cursor(self, epoch: int, batches: int) -> Cursor:
         """Where reading stands after so many batches of an epoch; its rows are impression groups."""
         rows = min(batches * self.global_batch_size, self.num_groups)
-        return Cursor(self.seed, epoch, rows, self.table.store.manifest["hash"])
+        return Cursor(self.seed, epoch, rows, self.table.store.manifest.hash)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Impressions]:
         """Batches start_batch, start_batch + 1, ... of one epoch."""
         if not 0 <= start_batch <= self.num_batches:
-            raise DataError(f"start_batch {start_batch} is outside 0..{self.num_batches}; was the table made again?")
+            raise DataError(
+                f"start_batch {start_batch} is outside 0..{self.num_batches}; were the impressions ingested again?"
+            )
         size, parts = self.global_batch_size, []
         for block in epoch_blocks(
             self._num_groups_G,
@@ -119,29 +125,24 @@ class ImpressionReader:
                 for share, group, drawn in loaded:
                     first, last = np.searchsorted(share.positions, [at, end])
                     if first < last:
-                        groups = drawn[share.picks[first:last]]
-                        units = self.decoder.units_per_second
-                        parts.append(take_groups(group, groups, self.table.item_bags, units))
+                        parts.append(take_groups(group, drawn[share.picks[first:last]], self.table.item_bags))
                 if end % size == 0 or end == self.num_groups:
-                    yield self._batch(parts, num_global_groups=end - (end - 1) // size * size)
+                    yield self._batch(parts, end - (end - 1) // size * size)
                     parts = []
                 at = end
 
-    def _batch(self, parts: list[Impressions], *, num_global_groups: int) -> Impressions:
+    def _batch(self, parts: list[Impressions], num_global_rows: int) -> Impressions:
         table = self.table
-        batch = (
-            concat_impressions(parts)
-            if parts
-            else padding_impressions(
-                self.columns, num_labels=len(table.labels), context=table.context, item_context=table.item_context
-            )
-        )
-        return replace(batch, histories=replace(batch.histories, num_global_users=num_global_groups))
+        if not parts:  # a rank without impressions in a batch still takes part
+            columns = {"context": table.context, "item_context": table.item_context}
+            parts = [padding_impressions(self.columns, num_labels=len(table.labels), **columns)]
+        batch = concat_impressions(parts)
+        return replace(batch, histories=replace(batch.histories, num_global_rows=num_global_rows))
 
     def _load(self, share: Share, epoch: int) -> tuple[ImpressionGroups, np.ndarray]:
         group, file, begin, end, num_groups = self.groups[share.group]
         rows = self.table.read(file, begin, end)
-        users = self.decoder.decode(group) if group >= 0 else no_users(self.columns)
+        users = self.decoder.decode(group) if group >= 0 else self.decoder.padding.slice(0, 0)
         order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
         groups = group_impressions(
             users,
@@ -160,13 +161,15 @@ class ImpressionReader:
         """How many impressions each stage has, when they were, and what to set."""
         table, unit = self.table, self.table.store.time_unit
         counts = dict.fromkeys(STAGES, 0)
-        for file in range(len(table.manifest["files"])):
+        for file in range(len(table.manifest.files)):
             _, times = table.users_and_times(file)
             for name in STAGES:
                 moments = split.range(name, percentiles=table.percentiles, time_unit=unit)
                 counts[name] += int(in_range(times, moments).sum())
         each = ", ".join(f"{name} {count}" for name, count in counts.items())
-        first, last = (np.datetime64(table.percentiles[at] // self.decoder.units_per_second, "s") for at in (0, -1))
+        first, last = (
+            np.datetime64(table.percentiles[at] // self.decoder.padding.units_per_second, "s") for at in (0, -1)
+        )
         return (
             f"{each} of {table.num_rows}, which were shown from {first} to {last} (UTC); set "
             f"data.impression_split.valid_time={split.valid_time} and test_time={split.test_time} to moments in between"
@@ -174,18 +177,14 @@ class ImpressionReader:
 
     def _count_groups(self, store: Store) -> list[GroupRows]:
         """Scans users and times of the impressions, a file at a time."""
-        firsts = first_users(store)
-        first_group: dict[int, int] = {}
-        for number, group in enumerate(self.decoder.groups):
-            first_group.setdefault(store.files[group.file].bucket, number)
-        groups = []
-        for file, entry in enumerate(self.table.manifest["files"]):
+        firsts, groups = first_users(store), []
+        for file, entry in enumerate(self.table.manifest.files):
             users, times = self.table.users_and_times(file)
-            edges = group_edges(users, firsts.get(entry["bucket"], [None]))
+            edges = group_edges(users, firsts.get(entry.bucket, [None]))
             starts = run_starts(users)
             before = offsets_of(groups_per_user(starts, in_range(times, self.range), self.max_impressions_per_user))
             num_groups = np.diff(before[np.searchsorted(starts, edges)]).tolist()
-            group = first_group.get(entry["bucket"], -1)
+            group = self.decoder.first_groups.get(entry.bucket, -1)
             for number, count in enumerate(num_groups):
                 numbered = group + number if group >= 0 else -1
                 groups.append(GroupRows(numbered, file, edges[number], edges[number + 1], count))

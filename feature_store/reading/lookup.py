@@ -1,18 +1,19 @@
-"""Histories of single users, by id: the bucket by hash, the row group by the ids in its footer, then one is decoded."""
+"""Histories of single users by id. A hash gives the bucket, the ids in its footer the row group, which is decoded."""
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
 from collections import defaultdict
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from elastic_rec.feature_store.batches.histories import Histories
-from elastic_rec.feature_store.reading.row_groups import Decoder, Users, concat_users, padding_histories
+from elastic_rec.feature_store.batches.sequences import Sequences
+from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store, first_users
 
@@ -20,7 +21,10 @@ _KEPT_GROUPS = 16
 
 
 class HistoryLookup:
-    """Random access for serving and tests. The index (first user of each row group) is read once, from the footers."""
+    """Random access for serving and tests. The index (first user of each row group) is read once, from the footers.
+
+    columns: event columns to read; "item" is read whether named or not.
+    """
 
     def __init__(self, store: Store, *, columns: list[str]) -> None:
         self.store = store
@@ -28,38 +32,31 @@ class HistoryLookup:
         self._decoder = Decoder(store, self.columns)
         self._decode = lru_cache(maxsize=_KEPT_GROUPS)(self._decode_group)
         self._firsts = first_users(store)
-        self._first_group = {}
-        for number, group in enumerate(self._decoder.groups):
-            self._first_group.setdefault(store.files[group.file].bucket, number)
 
-    def histories(self, user_ids: list) -> Histories:
-        """One row per id, in their order; a user the store does not know has row -1 and no events."""
-        return self.users(user_ids).histories(self._decoder.units_per_second, num_global_users=len(user_ids))
-
-    def users(self, user_ids: list) -> Users:
-        """As histories, with times in the store's unit."""
+    def histories(self, user_ids: list[int] | list[str]) -> Sequences:
+        """One history per id, in their order; of a user whom the store does not know: row -1, no events."""
         wanted = defaultdict(list)
         for place, user in enumerate(user_ids):
             if (group := self._group_of(user)) is not None:
                 wanted[group].append(place)
-        parts, source = [padding_histories(self.columns)], np.zeros(len(user_ids), np.int64)
-        taken = 1
+        parts, source, num_found = [self._decoder.padding], np.zeros(len(user_ids), np.int64), 1
         for group, places in wanted.items():
             users, ids = self._decode(group)
             asked = pa.array([user_ids[place] for place in places], ids.type)
             found = pc.fill_null(pc.index_in(asked, value_set=ids), -1).to_numpy(zero_copy_only=False)
-            source[places] = np.where(found >= 0, taken + found, 0)
-            parts.append(users)
-            taken += len(users.rows)
-        return concat_users(parts).take(source)
+            known = np.array(places)[found >= 0]
+            source[known] = num_found + np.arange(len(known))
+            parts.append(users.take(found[found >= 0]))
+            num_found += len(known)
+        return replace(Sequences.concat(parts).take(source), num_global_rows=len(user_ids))
 
     def _group_of(self, user: int | str) -> int | None:
         """Row group that holds a user if any does."""
-        bucket = bucket_of(user, self.store.manifest["num_buckets"])
+        bucket = bucket_of(user, self.store.manifest.num_buckets)
         number = bisect_right(self._firsts.get(bucket, []), user) - 1
-        return self._first_group[bucket] + number if number >= 0 else None
+        return self._decoder.first_groups[bucket] + number if number >= 0 else None
 
-    def _decode_group(self, group: int):
+    def _decode_group(self, group: int) -> tuple[Sequences, pa.Array]:
         return self._decoder.decode(group), self._decoder.user_ids(group)
 
 

@@ -9,14 +9,13 @@ Legend: B users, N values end to end, T events end to end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.ingestion.sources import cast_ids
 from elastic_rec.feature_store.table.times import YEAR_2200_S, iso_time
 from elastic_rec.feature_store.table.vocabulary import FIRST, PAD, UNKNOWN, Vocabulary
@@ -100,12 +99,12 @@ def seconds_of(values: Sequence[Any] | np.ndarray | pa.Array, what: str) -> np.n
 
 def histories_after(
     newest_s_B: np.ndarray, lengths_B: np.ndarray, columns: dict[str, np.ndarray], times_s: np.ndarray
-) -> Histories:
+) -> Sequences:
     """Users' new events, after an event without ids at newest_s_B for those who have one (-1: they have none).
 
         newest 50, -1    new [60 61] [7]    ->    [50 60 61] [7]        the first gap is then 10 s
 
-    lengths_B: new events of each user. columns, times_s: of the new events end to end, as Histories has them.
+    lengths_B: new events of each user. columns, times_s: of the new events end to end, as Sequences has them.
     ValueError for an event that comes after a newer one.
     """
     has_B = newest_s_B >= 0
@@ -125,18 +124,16 @@ def histories_after(
     full = {name: np.full(size, PAD, np.int64) for name in columns}
     for name, ids in columns.items():
         full[name][new] = ids
-    return Histories(np.arange(len(lengths_B)), offsets, full, times, len(lengths_B))
+    return Sequences(np.arange(len(lengths_B)), offsets, times, full, num_global_rows=len(lengths_B))
 
 
-def no_events(num_users: int, columns: list[str]) -> Histories:
+def no_events(num_users: int, columns: list[str]) -> Sequences:
     """Users without events."""
     none = np.zeros(0, np.int64)
     return histories_after(np.full(num_users, -1), np.zeros(num_users, np.int64), dict.fromkeys(columns, none), none)
 
 
-def newest_events(histories: Histories, most: int) -> Histories:
+def newest_events(histories: Sequences, most: int) -> Sequences:
     """The newest `most` events of each user."""
-    lengths = np.minimum(np.diff(histories.offsets), most)
-    index = span_indices(histories.offsets[1:] - lengths, lengths)
-    columns = {name: ids[index] for name, ids in histories.columns.items()}
-    return replace(histories, offsets=offsets_of(lengths), columns=columns, times_s=histories.times_s[index])
+    ends = histories.offsets[1:]
+    return histories.spans(ends - np.minimum(histories.lengths, most), ends)

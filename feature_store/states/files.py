@@ -3,11 +3,10 @@
     STORE/states/5a1c…-float32/bucket=0003.parquet      user_id | time | num_events | num_at_time | state
 
 One folder per model (its fingerprint) and storage type, one file per bucket of the store, its users in the bucket's
-order. A file is written aside and renamed: that rename says that the events are folded in, so what is folded twice
-after a crash is folded into the states as they were. Its metadata say which data file it reflects, by sha256, and which
-input files that data came from: states of a store that was restored to
-an earlier version, and went on differently, are told apart. They hold a CRC-32 of each row group's content, too, and
-one of themselves, so that no damage is folded in.
+order. A file is written aside and renamed. That rename says that the events are folded in: after a crash the same
+events are folded into the states as they were. Its metadata name the data file it reflects, by sha256, and the input
+files of that data. These tell apart the states of a store that was restored to an earlier version and went on
+differently. They also hold a CRC-32 of each row group's content, and one of themselves, so that no damage is folded in.
 
 A state is bytes, all of one length; this room does not know what is in them.
 """
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from elastic_rec.feature_store.table.format import HistoryManifest
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import USER
 from elastic_rec.feature_store.table.store import BROKEN, Store, StoreFile, one_array, open_data_file, read_row_groups
@@ -49,25 +49,31 @@ class DamagedStates(DataError):
 
 @dataclass(frozen=True)
 class Watermarks:
-    """Up to where users are folded in, (U,) int64 each: time of the newest event, in the store's unit; how many events
-    are folded in; how many of them at that very time, which tells an event that came later from one that came late."""
+    """Up to where users are folded in, (U,) int64 each.
+
+    time: of the newest event, in the store's unit. num_events: how many are folded in. num_at_time: how many of them at
+    that very time, which tells a new event from a late one.
+    """
 
     time: np.ndarray
     num_events: np.ndarray
     num_at_time: np.ndarray
 
     def take(self, rows: np.ndarray) -> Watermarks:
-        """Rows in any order; -1 gives the watermark of a user of whom nothing is folded in: all zeros."""
+        """Rows in any order; -1 gives zeros: a user of whom nothing is folded in."""
         return Watermarks(*(np.append(values, 0)[rows] for values in astuple(self)))
 
     @staticmethod
     def concat(watermarks: list[Watermarks]) -> Watermarks:
+        """Those of all parts, of which there is at least one."""
         return Watermarks(*map(np.concatenate, zip(*map(astuple, watermarks), strict=True)))
 
 
 class StateFile:
-    """The states of one bucket: users and watermarks once read stay in memory, states are read as they are asked for.
-    DamagedStates where what is read is not what was written."""
+    """The states of one bucket. Users and watermarks once read stay in memory, states are read when they are asked for.
+
+    Raises DamagedStates where what is read is not what was written.
+    """
 
     def __init__(self, path: Location) -> None:
         self.path, self.about = path, {}
@@ -89,10 +95,12 @@ class StateFile:
 
     @property
     def user_ids(self) -> pa.Array:
+        """(U,) users with a state here, in the bucket's order."""
         return self._users[0]
 
     @property
     def watermarks(self) -> Watermarks:
+        """Up to where these users are folded in."""
         return self._users[1]
 
     def find(self, user_ids: pa.Array) -> np.ndarray:
@@ -182,6 +190,7 @@ class StateWriter:
         self._about["crc32_states"].append(zlib.crc32(content))
 
     def commit(self) -> None:
+        """Puts the file in its place, which says that its events are folded in."""
         text = json.dumps(self._about).encode()
         self._writer.add_key_value_metadata({ABOUT: text, CHECK: _crc(text)})
         self._writer.close()
@@ -210,6 +219,7 @@ class StateFolder:
             yield
 
     def file_path(self, file: StoreFile) -> Location:
+        """Where the states of a data file's users are."""
         return self.path / f"bucket={file.bucket:04d}.parquet"
 
     def open(self, file: StoreFile) -> StateFile | None:
@@ -231,6 +241,7 @@ class StateFolder:
         return states if self._continues(states.about, file) else None
 
     def writer(self, file: StoreFile) -> StateWriter:
+        """Writes new states of a data file's users; they replace the old ones when it commits."""
         inputs = _inputs(self.store.manifest)
         about = {
             "version": VERSION,
@@ -251,9 +262,9 @@ class StateFolder:
         return about["data"] == file.sha256 or (bool(inputs) and about["inputs"] == _digest(inputs))
 
 
-def _inputs(manifest: dict) -> list[str]:
+def _inputs(manifest: HistoryManifest) -> list[str]:
     """Digests of the input files, oldest first; none in a store from before appends, which can't be appended to."""
-    return [entry["sha256"] for entry in manifest["source"]["files"] if "sha256" in entry]
+    return [entry.sha256 for entry in manifest.source.files if entry.sha256]
 
 
 def _digest(inputs: list[str]) -> str:

@@ -17,6 +17,7 @@ from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import EVENT_ID, EVENTS, TIMESTAMP, USER, leaf_path
 from elastic_rec.feature_store.table.store import one_array, open_data_file, read_row_groups
 from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.jagged import flat_structs
 
 
 def added_events(
@@ -24,7 +25,9 @@ def added_events(
 ) -> np.ndarray:
     """(T,) bool: which events of these users' histories now are not in the data file `before`.
 
-    event_id_T: in a store that has event ids. Without them an event of equal time that was stored earlier goes first.
+    offsets: (U+1,), [0, 3, 5] for users with 3 and 2 events now. time_T: in the store's unit. event_id_T: in a store
+    that has event ids. Without them, of events of equal time the last ones are the added ones.
+    Raises DataError where the file lacks one of the users.
     """
     old_offsets, old_time, old_event_id = _read_users(before, user_ids, with_ids=event_id_T is not None)
     num_old = len(old_time)
@@ -62,7 +65,5 @@ def _read_users(
     lists = read_row_groups(file, needed.tolist(), leaves, path)[EVENTS]
     first = np.cumsum([0, *(edges[needed + 1] - edges[needed])])
     group_U = np.searchsorted(edges[needed], row_U, side="right") - 1
-    taken = one_array(lists).take(pa.array(row_U - edges[needed][group_U] + first[group_U]))
-    offsets = taken.offsets.to_numpy().astype(np.int64)
-    flat = taken.flatten()
-    return offsets - offsets[0], flat.field(TIMESTAMP).to_numpy(), flat.field(EVENT_ID) if with_ids else None
+    offsets, flat = flat_structs(lists.take(pa.array(row_U - edges[needed][group_U] + first[group_U])))
+    return offsets, flat.field(TIMESTAMP).to_numpy(), flat.field(EVENT_ID) if with_ids else None

@@ -36,12 +36,15 @@ def check_names(names: list[str], *, reserved: frozenset[str], key: str) -> None
         raise ValueError(f"{key}: a name is given twice in {names}")
 
 
-def history_schema(*, user_type: str, event_id_type: str | None, context_columns: list[str]) -> pa.Schema:
-    """Arrow schema of the data files; types by name ("int64" or "string")."""
-    leaves = [pa.field(TIMESTAMP, pa.int64(), nullable=False)]
-    if event_id_type is not None:
-        leaves.append(pa.field(EVENT_ID, ARROW_TYPES[event_id_type], nullable=False))
-    leaves += [pa.field(name, pa.int64(), nullable=False) for name in [ITEM, *context_columns]]
+def event_types(*, event_id_type: str | None, context_columns: list[str]) -> dict[str, str]:
+    """Leaf of an event -> its type, in the order of the struct. Item and context are indices of vocabularies."""
+    event_id = {EVENT_ID: event_id_type} if event_id_type is not None else {}
+    return {TIMESTAMP: "int64", **event_id, ITEM: "int64", **dict.fromkeys(context_columns, "int64")}
+
+
+def history_schema(user_type: str, event_types: dict[str, str]) -> pa.Schema:
+    """Arrow schema of the data files; types are keys of ARROW_TYPES."""
+    leaves = [pa.field(name, ARROW_TYPES[type], nullable=False) for name, type in event_types.items()]
     events = pa.list_(pa.field("element", pa.struct(leaves), nullable=False))
     return pa.schema(
         [

@@ -14,8 +14,9 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
+from elastic_rec.feature_store.table.format import HistoryManifest
 from elastic_rec.feature_store.table.location import Location, open_location
-from elastic_rec.feature_store.table.manifest import MANIFEST, filed_versions, put_in_place, write_manifest
+from elastic_rec.feature_store.table.manifest import MANIFEST, commit, filed_versions
 from elastic_rec.feature_store.table.own_files import WORK, foreign_paths
 from elastic_rec.feature_store.utils.atomic_write import make_folder, sync
 from elastic_rec.feature_store.utils.errors import DataError
@@ -63,11 +64,11 @@ class LocalStaging:
             remove_marked(self.root, WORK)  # gone already after a commit
             os.close(self._lock)
 
-    def commit(self, content: dict) -> None:
+    def commit(self, manifest: HistoryManifest) -> None:
         """Writes the manifest and moves the folder to `out`. With overwrite the old store steps aside first and is
         deleted last. A kill between leaves it whole as `<out>.old-<pid>`, and the next ingest puts it back."""
         shutil.rmtree(self.work)
-        _write_store(content, self.root, self.target)
+        commit(manifest, work=self.root, root=self.target)
         self._check_free()
         if self.out.exists() and any(self.out.iterdir()):
             self._replace()
@@ -119,11 +120,12 @@ class RemoteStaging:
     def __exit__(self, *exc_info: object) -> None:
         self._scratch.close()
 
-    def commit(self, content: dict) -> None:
-        """Uploads what `content` names, then the manifest; then deletes what the new store does not name."""
+    def commit(self, manifest: HistoryManifest) -> None:
+        """Uploads what `manifest` names, then the manifest itself; then deletes what the new store does not name."""
         shutil.rmtree(self.work)
         _check_replaceable(self.out, self._overwrite)
-        named = _write_store(content, self.root, self.out)
+        manifest = commit(manifest, work=self.root, root=self.out)
+        named = {MANIFEST, *(entry.path for entry in manifest.named_files())}
         for file in self.out.files():  # of a killed ingest, or of the store that this one replaces
             if file.below(self.out) not in named:
                 file.delete()
@@ -144,15 +146,6 @@ def clear_litter(out: Path) -> None:
                 break
     for kind in ("tmp", "old"):
         sweep(out.parent, f"{out.name}.{kind}-", mark=WORK)
-
-
-def _write_store(content: dict, work: Path, root: Location) -> set[str]:
-    """Files that `content` names, under `work`, and then their manifest, in `root`; returns the paths of all."""
-    files = put_in_place(content["files"], work, root)
-    vocabularies = put_in_place(list(content["vocabularies"].values()), work, root)
-    named = dict(zip(content["vocabularies"], vocabularies, strict=True))
-    write_manifest(root / MANIFEST, {**content, "files": files, "vocabularies": named})
-    return {MANIFEST, *(entry["path"] for entry in [*files, *vocabularies])}
 
 
 def _check_replaceable(out: Location, overwrite: bool) -> None:

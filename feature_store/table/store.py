@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.table.footer import read_footer
+from elastic_rec.feature_store.table.format import HistoryManifest
 from elastic_rec.feature_store.table.location import Location, open_location
-from elastic_rec.feature_store.table.manifest import check_digest, named_files, read_manifest
+from elastic_rec.feature_store.table.manifest import check_digest, read_manifest
 from elastic_rec.feature_store.table.schema import ARROW_TYPES, UNITS_PER_SECOND, USER
 from elastic_rec.feature_store.table.vocabulary import Vocabulary
 from elastic_rec.feature_store.utils.errors import DataError
@@ -46,14 +47,14 @@ class StoreFile:
 class Store:
     """Users have row numbers 0..num_users-1, counted through `files` in order."""
 
-    def __init__(self, path: Location, manifest: dict) -> None:
+    def __init__(self, path: Location, manifest: HistoryManifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.version: int = manifest.get("generation", 0)
-        self.num_users: int = manifest["num_users"]
-        self.num_events: int = manifest["num_events"]
-        self.time_unit: str = manifest["time_unit"]
-        self.columns: list[str] = [name for name in manifest["vocabularies"] if name != "user"]
+        self.version: int = manifest.version
+        self.num_users: int = manifest.num_users
+        self.num_events: int = manifest.num_events
+        self.time_unit: str = manifest.time_unit
+        self.columns: list[str] = [name for name in manifest.vocabularies if name != "user"]
         self.files = _list_files(path, manifest)
         self._vocabularies: dict[str, Vocabulary] = {}
 
@@ -69,21 +70,21 @@ class Store:
 
     def time_range_s(self) -> tuple[int, int]:
         """Whole seconds of the oldest and of the newest event."""
-        unit, files = UNITS_PER_SECOND[self.time_unit], self.manifest["files"]
-        return min(file["min_time"] for file in files) // unit, max(file["max_time"] for file in files) // unit
+        unit, files = UNITS_PER_SECOND[self.time_unit], self.manifest.files
+        return min(file.min_time for file in files) // unit, max(file.max_time for file in files) // unit
 
     def verify(self) -> None:
         """Reads every byte and compares digests with the manifest's; DataError names the first file that differs."""
-        for entry in named_files(self.manifest):
-            check_digest(self.path, entry)
+        for entry in self.manifest.named_files():
+            check_digest(self.path / entry.path, entry.sha256)
 
     def vocabulary(self, column: str) -> Vocabulary:
         """Vocabulary of an event column, or of "user"; read once."""
         if column not in self._vocabularies:
             self.check_columns([column], also=["user"])
-            entry = self.manifest["vocabularies"][column]
-            check_digest(self.path, entry)
-            self._vocabularies[column] = Vocabulary.read(self.path / entry["path"], column=column)
+            entry = self.manifest.vocabularies[column]
+            check_digest(self.path / entry.path, entry.sha256)
+            self._vocabularies[column] = Vocabulary.read(self.path / entry.path, column=column)
         return self._vocabularies[column]
 
     def check_columns(self, columns: list[str], *, also: list[str] | None = None) -> None:
@@ -115,7 +116,7 @@ class Store:
                 first_rows.append(edges[group])
                 bases.append(taken)
                 taken += file.row_groups[group][0]
-        user_type = ARROW_TYPES[self.manifest["schema"][USER]]
+        user_type = ARROW_TYPES[self.manifest.schema.user_id]
         if not parts:
             return pa.nulls(len(rows), user_type)
         group = np.searchsorted(np.array(first_rows), rows, side="right") - 1
@@ -158,13 +159,13 @@ def one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.nulls(0, column.type)])
 
 
-def _list_files(root: Location, manifest: dict) -> list[StoreFile]:
+def _list_files(root: Location, manifest: HistoryManifest) -> list[StoreFile]:
     files, row = [], 0
-    for entry in manifest["files"]:
-        groups = tuple((users, events) for users, events in entry["row_groups"])
-        counts = entry["num_users"], entry["num_events"]
-        files.append(StoreFile(root / entry["path"], row, *counts, groups, entry["sha256"], entry.get("footer")))
-        row += entry["num_users"]
+    for entry in manifest.files:
+        groups = tuple((users, events) for users, events in entry.row_groups)
+        counts = entry.num_users, entry.num_events
+        files.append(StoreFile(root / entry.path, row, *counts, groups, entry.sha256, entry.footer))
+        row += entry.num_users
     return files
 
 

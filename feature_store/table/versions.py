@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from elastic_rec.feature_store.table.format import HistoryManifest
 from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.manifest import (
     MANIFEST,
+    commit,
     filed_versions,
     read_manifest,
     version_path,
-    write_manifest,
 )
 from elastic_rec.feature_store.table.own_files import SCRATCH, WORK, data_files, delete_leftovers
 from elastic_rec.feature_store.table.staging import clear_litter
@@ -77,14 +78,14 @@ def next_version(root: Location) -> int:
     return max(filed_versions(root), default=0) + 1
 
 
-def publish(root: Location, number: int, content: dict) -> dict:
-    """Files `content`, whose data files are in place, as version `number` and makes it the current one."""
-    if read_manifest(root)["hash"] != content["parent"]:
+def publish(root: Location, manifest: HistoryManifest, *, work: Path) -> HistoryManifest:
+    """Commits a manifest with the files of `work` as its version, and makes that the current one."""
+    if read_manifest(root).hash != manifest.parent:
         raise DataError(f"{root}: another writer changed the store meanwhile; nothing was appended, run again")
     if not filed_versions(root):  # a store that was never appended to has manifest.json alone
         version_path(root, 0).replace((root / MANIFEST).read_bytes())
-    manifest = write_manifest(version_path(root, number), {**content, "generation": number})
-    _make_current(root, number)
+    manifest = commit(manifest, work=work, root=root, name=version_path(root, manifest.version).name)
+    _make_current(root, manifest.version)
     return manifest
 
 
@@ -93,9 +94,9 @@ def restore(store: str, *, version: int) -> dict:
     with writing(store) as root:
         manifest = read_manifest(root, version)
         before = _current(root)
-        if before != manifest.get("generation", 0):
+        if before != manifest.version:
             _make_current(root, version)
-        counts = {"users": manifest["num_users"], "events": manifest["num_events"], "hash": manifest["hash"]}
+        counts = {"users": manifest.num_users, "events": manifest.num_events, "hash": manifest.hash}
         return {"store": store, "version": version, "was": before, **counts}
 
 
@@ -107,7 +108,7 @@ def vacuum(store: str, *, retention_hours: float) -> dict:
     """
     began = time.perf_counter()
     with writing(store) as root:
-        current = read_manifest(root).get("generation", 0)
+        current = read_manifest(root).version
         latest = time.time() - retention_hours * 3600
         old = [v for v in filed_versions(root) if v != current and version_path(root, v).modified() <= latest]
         for number in old:  # manifests first: at no moment does one name a file that is gone
@@ -147,4 +148,4 @@ def _current(root: Location) -> int | None:
 
 def _named_files(root: Location) -> set[str]:
     manifests = [read_manifest(root), *(read_manifest(root, number) for number in filed_versions(root))]
-    return {entry["path"] for m in manifests for entry in [*m["files"], *m["vocabularies"].values()]}
+    return {entry.path for manifest in manifests for entry in manifest.named_files()}

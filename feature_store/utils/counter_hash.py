@@ -1,7 +1,7 @@
 """Counter-based random numbers: a pure function of its keys, the same on every rank, machine and numpy version.
 
 numpy's own Generator streams may change between releases (NEP 19), which would silently change the order of a
-resumed epoch; splitmix64 (Steele, Lea, Flood 2014; the public-domain finaliser) never does.
+resumed epoch. splitmix64 (Steele, Lea, Flood 2014; the public-domain finaliser) never does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def counter_hash(*keys: int | np.ndarray) -> np.ndarray:
 
 
 def counter_uniform(*keys: int | np.ndarray) -> np.ndarray:
-    """Keys -> float64 array in [0, 1)."""
+    """Keys, as for counter_hash -> float64 array in [0, 1)."""
     return (counter_hash(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

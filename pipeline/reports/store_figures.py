@@ -1,4 +1,4 @@
-"""What is said of a history store, as plain figures: for the last line of describe.py, its summary and its page."""
+"""A history store in plain figures: for the last line of describe.py, its summary and its page."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ TOP_VALUES = 12
 
 
 def store_figures(store: Store, statistics: StoreStatistics, max_history: list[int]) -> dict:
-    """Times in seconds, shares from 0 to 1."""
+    """All figures of the store by name. Times in seconds, shares from 0 to 1, sizes in bytes.
+
+    max_history: limits on the history, in events; the figures say what each would cut.
+    """
     unit = UNITS_PER_SECOND[store.time_unit]
     first_s, last_s = store.time_range_s()
     return {
-        "name": store.manifest["name"],
+        "name": store.manifest.name,
         "version": store.version,
-        "hash": store.manifest["hash"],
-        "bytes": sum(entry["bytes"] for entry in _entries(store.manifest)),
+        "hash": store.manifest.hash,
+        "bytes": sum(entry.bytes for entry in store.manifest.named_files()),
         "users": store.num_users,
         "events": store.num_events,
         "items": len(statistics.ranked()),
@@ -36,8 +39,8 @@ def store_figures(store: Store, statistics: StoreStatistics, max_history: list[i
         "popularity": _popularity(store, statistics),
         "gaps": _gaps(statistics, unit),
         "context": {name: _values(store, statistics, name) for name in store.columns if name != "item"},
-        "checks": store.manifest.get("checks"),
-        "filters": store.manifest["filters"],
+        "checks": store.manifest.checks,
+        "filters": store.manifest.filters,
         "versions": _versions(store),
     }
 
@@ -51,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def headlines(figures: dict) -> str:
-    """A few lines for the terminal."""
+    """A few lines for the terminal. figures: of store_figures()."""
     lengths, gaps, items = figures["lengths"], figures["gaps"], figures["popularity"]
     cut = "; ".join(f"{limit:,} keeps {1 - c['events_cut']:.1%}" for limit, c in figures["max_history"].items())
     lines = {
@@ -127,24 +130,19 @@ def _named(store: Store, column: str, indices: np.ndarray, counts: np.ndarray) -
 
 
 def _versions(store: Store) -> list[dict]:
-    """Those that are there, oldest first."""
-    numbers = filed_versions(store.path) or [store.version]
+    """The versions that are kept, oldest first."""
     entries = []
-    for number in numbers:
+    for number in filed_versions(store.path) or [store.version]:
         manifest = store.manifest if number == store.version else read_manifest(store.path, number)
-        inputs = [entry for entry in manifest["source"]["files"] if entry.get("generation", 0) == number]
+        inputs = [entry for entry in manifest.source.files if entry.version == number]
         entries.append(
             {
                 "version": number,
-                "users": manifest["num_users"],
-                "events": manifest["num_events"],
+                "users": manifest.num_users,
+                "events": manifest.num_events,
                 "input_files": len(inputs),
-                "input_events": sum(entry["events"] for entry in inputs),
-                "checks": manifest.get("checks"),
+                "input_events": sum(entry.events for entry in inputs),
+                "checks": manifest.checks,
             }
         )
     return entries
-
-
-def _entries(manifest: dict) -> list[dict]:
-    return [*manifest["files"], *manifest["vocabularies"].values()]

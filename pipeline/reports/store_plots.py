@@ -1,24 +1,22 @@
-"""Pictures of a history store, as SVG that stands in a page by itself."""
+"""Pictures of a history store, as SVG inside an HTML page. Each function returns an <img>, safe to put into a page."""
 
 from __future__ import annotations
 
 import base64
 import io
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.dates as mdates
-import matplotlib.pyplot as plt
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from elastic_rec.feature_store.ingestion.checks import DAY_S
 from elastic_rec.feature_store.inspection.statistics import StoreStatistics, bin_starts
+from elastic_rec.pipeline.reports.plots import BLUE, GREY, RED, plt
 
-BLUE, RED, GREY = "#2a6f97", "#bc4749", "#8a8f98"
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g}%")
 DURATIONS_S = {"1 ms": 1e-3, "1 s": 1, "1 min": 60, "1 h": 3600, "1 day": DAY_S, "30 days": 30 * DAY_S}
 DURATIONS_S |= {"1 year": 365 * DAY_S, "10 years": 3650 * DAY_S}
@@ -26,10 +24,10 @@ QUARTERS = np.array([64, 76, 90, 108]) / 64  # of a doubling, cut where gap_bins
 LAST_DATE = 2_932_896  # days from 1970 to 9999-12-31, the last that a calendar axis knows
 
 
-def plot_lengths(statistics: StoreStatistics, max_history: list[int]) -> str:
-    """Left: users by history length. Right: what a limit on the history keeps, with the limits asked for."""
+def plot_lengths(statistics: StoreStatistics, max_history: list[int]) -> Markup:
+    """Left: users by history length. Right: what a limit on the history keeps; max_history are marked."""
     lengths = statistics.lengths
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2))
     _log_histogram(left, lengths.values.astype(float), lengths.counts)
     left.set(xlabel="events per user", ylabel="share of users, per doubling")
     _count_axis(left.xaxis)
@@ -41,16 +39,17 @@ def plot_lengths(statistics: StoreStatistics, max_history: list[int]) -> str:
     for limit in max_history:
         kept = 1 - statistics.cut(limit).events / num_events
         _mark(right, limit, kept, f"{limit:,}: {kept:.1%}", offset=(5, -4), ha="left", va="top")
-    right.legend(frameon=False, loc="upper left")
+    right.legend(loc="upper left")
     right.set(xscale="log", xlabel="max_history: newest events of a user that are kept", ylim=(0, 1.05))
     right.yaxis.set_major_formatter(PERCENT)
     _count_axis(right.xaxis)
     return _svg(figure, f"Histories by length; a limit of {max_history[-1]:,} keeps {kept:.1%} of the events")
 
 
-def plot_days(statistics: StoreStatistics) -> str:
+def plot_days(statistics: StoreStatistics) -> Markup:
+    """Events of each day from the first to the last."""
     days, counts = statistics.days.values, statistics.days.counts
-    figure, axis = plt.subplots(figsize=(9.6, 2.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.6, 2.8))
     # Days without events count 0; a log with a time far off has too many of them to draw.
     if days[-1] - days[0] < 100_000:
         every_day = np.arange(days[0], days[-1] + 1)
@@ -71,12 +70,14 @@ def plot_days(statistics: StoreStatistics) -> str:
     return _svg(figure, "Events per day")
 
 
-def plot_items(statistics: StoreStatistics) -> str:
-    """Left: events of the item of each rank. Right: share of the events that the most frequent items have."""
+def plot_items(statistics: StoreStatistics) -> Markup:
+    """Left: events of the item of each rank. Right: share of the events that the most frequent items have.
+
+    Empty for a store without known items."""
     counts = statistics.counts["item"][statistics.ranked()]
     if not len(counts):
-        return ""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained")
+        return Markup()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2))
     ranks = np.unique(np.geomspace(1, len(counts), 400).round().astype(np.int64))
     left.plot(ranks, counts[ranks - 1], color=BLUE)
     left.set(xscale="log", yscale="log", xlabel="rank of the item", ylabel="events of the item")
@@ -98,13 +99,13 @@ def plot_items(statistics: StoreStatistics) -> str:
     return _svg(figure, "Item popularity by rank, and the share of events of the most frequent items")
 
 
-def plot_gaps(statistics: StoreStatistics, units_per_second: int) -> str:
-    """Gaps of 0 have no place on a logarithmic axis: the page says how many there are."""
+def plot_gaps(statistics: StoreStatistics, units_per_second: int) -> Markup:
+    """Gaps by length. Those of 0 are not on the logarithmic axis: the page says how many there are."""
     bins = statistics.gap_bins
     positive = bins.values > 0
     if not positive.any():
-        return ""
-    figure, axis = plt.subplots(figsize=(9.6, 2.8), layout="constrained")
+        return Markup()
+    figure, axis = plt.subplots(figsize=(9.6, 2.8))
     starts = bin_starts(bins.values[positive])
     _log_histogram(axis, starts, bins.counts[positive], total=bins.total, scale=units_per_second)
     low, high = axis.get_xlim()
@@ -114,15 +115,17 @@ def plot_gaps(statistics: StoreStatistics, units_per_second: int) -> str:
     return _svg(figure, "Time between neighbouring events of a user")
 
 
-def plot_values(names: list[str], counts: list[int], total: int) -> str:
-    """Bars of the values of a context column, the most frequent on top."""
-    figure, axis = plt.subplots(figsize=(9.6, 0.5 + 0.24 * len(names)), layout="constrained")
+def plot_values(top: list[tuple[str, int]], total: int) -> Markup:
+    """Bars of a column's most frequent values, the greatest first. top: (value, events). total: events of the store."""
+    if not top:
+        return Markup()
+    names, counts = zip(*top, strict=True)
+    figure, axis = plt.subplots(figsize=(9.6, 0.5 + 0.24 * len(names)))
     places = np.arange(len(names))
-    axis.barh(places, [count / total for count in counts], color=BLUE, height=0.7)
+    bars = axis.barh(places, np.array(counts) / total, color=BLUE, height=0.7)
+    axis.bar_label(bars, [f"{count:,}" for count in counts], padding=4, fontsize=8)
     axis.set_yticks(places, [name.replace("$", r"\$") for name in names])
     axis.invert_yaxis()
-    for place, count in zip(places, counts, strict=True):
-        axis.annotate(f"{count:,}", (count / total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set(xlabel="share of events", xlim=(0, 1.12 * max(counts) / total))
     axis.xaxis.set_major_formatter(PERCENT)
     axis.tick_params(axis="y", length=0)
@@ -132,8 +135,8 @@ def plot_values(names: list[str], counts: list[int], total: int) -> str:
 def _log_histogram(
     axis: Axes, values: np.ndarray, counts: np.ndarray, *, total: int | None = None, scale: int = 1
 ) -> None:
-    """Four bars per doubling, each as high as its share of the total would be over a whole doubling, since those of
-    small integers are of unequal width. values (>= 1) are shown divided by scale."""
+    """Four bars per doubling; those of small integers are of unequal width. The height is a bar's share of the total,
+    scaled to a whole doubling. values (>= 1) are shown divided by scale."""
     top = int(np.log2(values[-1])) + 1
     doublings = 2.0 ** np.arange(int(np.log2(values[0])), top + 1)
     edges = np.unique(np.maximum(np.ceil(np.outer(doublings, QUARTERS)), values[0]))
@@ -149,20 +152,15 @@ def _mark(axis: Axes, x: float, y: float, text: str, *, offset: tuple[int, int],
     axis.annotate(text, (x, y), offset, textcoords="offset points", ha=ha, va=va, fontsize=8, color=RED)
 
 
-def _count_axis(axis: matplotlib.axis.Axis) -> None:
+def _count_axis(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}" if count >= 1 or count == 0 else ""))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _svg(figure: Figure, alternative: str) -> str:
+def _svg(figure: Figure, alternative: str) -> Markup:
     """An <img> that holds the picture; the same figures give the same bytes."""
-    for axis in figure.axes:
-        axis.grid(alpha=0.3, lw=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
     drawn = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "elastic-rec"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
     plt.close(figure)
     data = base64.b64encode(drawn.getvalue()).decode()
-    return f'<img alt="{alternative}" src="data:image/svg+xml;base64,{data}">'
+    return Markup('<img alt="{}" src="data:image/svg+xml;base64,{}">').format(alternative, data)

@@ -1,5 +1,5 @@
-"""Freed memory stays with the process. glibc maps large tensors from the kernel and gives them back when freed, so that
-each operation on long histories faults all its pages in anew: a third of the tower's time on a CPU."""
+"""Freed memory stays with the process. glibc maps large tensors from the kernel and gives them back when freed. Each
+operation on long histories then faults all its pages in again: a third of the tower's time on a CPU."""
 
 from __future__ import annotations
 

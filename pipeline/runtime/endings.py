@@ -85,6 +85,8 @@ _TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|unexpected pos
 
 
 class Ending(NamedTuple):
+    """A process's exit code, and its last line on stderr."""
+
     code: int
     line: str
 

@@ -110,6 +110,7 @@ class Pulse:
             self.job.set(fact, "1")
 
     def remembers(self, fact: str) -> bool:
+        """Whether an earlier attempt kept `fact`."""
         return self.store is not None and self.job.check([fact])
 
     def _watch(self) -> None:
@@ -178,6 +179,7 @@ class Others:
         return sorted(behind, key=lambda rank: self.told[rank]["collectives"]) or self.silent(enough_s)
 
     def describe(self, missing: list[int]) -> str:
+        """Where these ranks were seen last, as text."""
         now, told = time.monotonic(), []
         for rank in missing[:8]:
             silent_s = now - self.signed[rank][1]
@@ -201,6 +203,7 @@ class Votes:
         self.every, self.beats, self.asked_s = 1, 0, time.monotonic()
 
     def ask(self) -> bool:
+        """Whether any rank has had a signal, as far as is known. Collective."""
         mine = interrupts.requested() is not None
         if self.size == 1:
             return mine

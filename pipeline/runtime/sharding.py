@@ -56,6 +56,7 @@ def shard(model: nn.Module, *, world: World, config: ParallelConfig, seed: int) 
 
 
 def make_plan(model: nn.Module, sharders: list[ModuleSharder], *, world: World, config: ParallelConfig) -> ShardingPlan:
+    """Row-wise for config.row_wise_tables, whole for the others. Raises ConfigError as `shard` does. Collective."""
     constraints = {}
     for table in tables(model):
         row_wise = table.name in config.row_wise_tables

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from elastic_rec.feature_store.batches.examples import NUM_GAP_BUCKETS
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.reading.cursor import Cursor
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
@@ -95,14 +95,14 @@ class Task(ABC):
     @property
     def store_hash(self) -> str:
         """Of all that is read; equal where two ranks have opened the same."""
-        return self.store.manifest["hash"]
+        return self.store.manifest.hash
 
     def vocabulary(self, name: str) -> Vocabulary:
         """The ids of a column that has an embedding table."""
         return self.store.vocabulary(name)
 
     def user_ids(self, rows: torch.Tensor) -> list:
-        """The users of these rows of the store, (R,) int64, each once; -1, padding, is nobody."""
+        """The users of these rows of the store, (R,) int64, each once; without padding, -1."""
         return self.store.user_ids(rows[rows >= 0].unique().numpy()).to_pylist()
 
     def prepare(self) -> None:  # noqa: B027 (a task may have nothing to do)
@@ -165,7 +165,7 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, config: EvaluateConfig) -> dict[str, Any]:
         """Figures of a trained model. Collective."""
 
-    def mask_new_ids(self, histories: Histories) -> Histories:
+    def mask_new_ids(self, histories: Sequences) -> Sequences:
         """Ids that came after the run was trained become UNKNOWN: its tables have no rows for them."""
         return replace(histories, columns={name: self._mask(name, ids) for name, ids in histories.columns.items()})
 

@@ -39,7 +39,7 @@ class ScoreFolder:
     def __init__(self, out: Path, settings: dict[str, Any], *, world: World) -> None:
         self.out, self.world = out, world
         self.settings = json.loads(json.dumps(settings, default=str))
-        self.job = job_digest(self.settings)
+        self.job = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self._known: dict[int, dict[str, Any]] = {}  # whole parts that this rank has checked or written
 
     @contextmanager
@@ -61,7 +61,8 @@ class ScoreFolder:
             yield self
 
     def path(self, number: int) -> Path:
-        return part_path(self.out, number)
+        """Of a part, there or not."""
+        return self.out / f"part-{number:05d}.parquet"
 
     def whole(self, numbers: list[int]) -> dict[int, dict[str, Any]]:
         """What is known of the parts that are there and whole: rows, bytes, sha256 and what `commit` was told. Broken
@@ -139,14 +140,6 @@ class ScoreFolder:
         if about.get("job") != self.job:
             return f"{path} was made by another job (by another model, or from another store or other settings)"
         return {**about, **describe_file(path)}
-
-
-def job_digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def part_path(out: Path, number: int) -> Path:
-    return out / f"part-{number:05d}.parquet"
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,17 +33,21 @@ ALL = 1 << 62  # more events than a history has
 Item = TypeVar("Item")
 
 
-class Part(Protocol):
-    """One part while it is made, by one rank."""
+class Part(ABC):
+    """One part while it is made, by one rank. counts: complete at its commit."""
 
-    counts: Counter[str]
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
 
+    @abstractmethod
     def batches(self) -> Iterator[Any]:
         """What is scored at a time, in order."""
 
+    @abstractmethod
     def score(self, batch: Any) -> None:
         """Scores a batch and keeps the result. Collective, with the padding steps of other ranks."""
 
+    @abstractmethod
     def commit(self, folder: ScoreFolder) -> None:
         """Writes the part. After it the part lasts."""
 
@@ -57,14 +61,20 @@ class Scoring(ABC):
 
     command: ClassVar[str]  # of score.py
     config_type: ClassVar[type[ScoreConfig]]
+    numbers: list[int]
+    manifest: dict[str, Any]
 
-    @abstractmethod
     def __init__(self, task: Any, model: nn.Module, *, step: int, fingerprint: str, config: Any) -> None:
         """fingerprint: of the model (run_folder.model_fingerprint). Raises ConfigError for what does not fit the run.
         Collective."""
-        self.numbers: list[int] = []
-        self.settings: dict[str, Any] = {}
-        self.manifest: dict[str, Any] = {}
+        self.task, self.model, self.config, self.world = task, model, config, task.world
+        self.fingerprint = fingerprint
+        run = {"run": str(Path(config.run).resolve()), "step": step}
+        self.settings = run | self.open() | {"model": fingerprint}
+
+    @abstractmethod
+    def open(self) -> dict[str, Any]:
+        """Sets numbers and manifest. Returns the settings beside run, step and model. Collective."""
 
     @staticmethod
     @abstractmethod

@@ -38,6 +38,7 @@ class PlanWriter(FileSystemWriter):
     """Also writes tensors.json, on the coordinating rank. Files are synced, their folder is not."""
 
     def finish(self, metadata: Metadata, results: list) -> None:
+        """Called by PyTorch on the coordinating rank, after all tensors are written."""
         super().finish(metadata, results)
         write_text(Path(self.path) / PLAN, to_json(plan_of(metadata)))
 
@@ -53,6 +54,7 @@ class PlanReader(FileSystemReader):
         self._files = {name for name in files if name == Path(name).name}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Called by PyTorch before a load. Raises CheckpointError."""
         path = Path(self.path) / PLAN
         try:
             metadata = metadata_of(json.loads(path.read_text()))
@@ -69,6 +71,7 @@ class TensorsOnly(DefaultLoadPlanner):
     """Refuses entries that are no tensors: PyTorch unpickles those."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """Called by PyTorch for what is no tensor. Raises CheckpointError."""
         raise CheckpointError(f"{read_item.dest_index.fqn} is no tensor: refused, it would have to be unpickled")
 
 
@@ -89,6 +92,7 @@ def plan_of(metadata: Metadata) -> dict[str, Any]:
 
 
 def metadata_of(plan: dict[str, Any]) -> Metadata:
+    """The metadata that a plan stands for. Raises TypeError, KeyError or ValueError where it is no plan."""
     tensors, places = {}, {}
     for name, entry in plan.items():
         dtype = getattr(torch, entry["dtype"])

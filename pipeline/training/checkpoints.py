@@ -153,6 +153,7 @@ class Checkpoints:
         raise CheckpointError(f"{self.root} has no complete checkpoint that can be read")
 
     def marker(self, step: int) -> dict[str, Any]:
+        """What complete.json of a step says. Raises CheckpointError where there is none, or it is damaged."""
         marker = self.folder(step) / MARKER
         if not marker.exists():
             state = "is half-written" if marker.parent.exists() else "does not exist"
@@ -179,9 +180,11 @@ class Checkpoints:
             remove_leftovers(folder)
 
     def folder(self, step: int) -> Path:
+        """Of a step, there or not."""
         return self.root / f"step-{step:08d}"
 
     def complete_steps(self) -> list[int]:
+        """Steps that have a marker, ascending."""
         names = (marker.parent.name.removeprefix("step-") for marker in self.root.glob(f"step-*/{MARKER}"))
         return sorted(int(name) for name in names if name.isdigit())  # others are a user's copies
 

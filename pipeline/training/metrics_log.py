@@ -31,6 +31,7 @@ class MetricsLog:
         self.next_line = time.monotonic()
 
     def write(self, kind: str, *, step: int, epoch: int, **figures) -> None:
+        """Adds a line of figures; kind is train or valid."""
         if not self.world.is_main:
             return
         with at_place(self.path), self.path.open("a") as file:
@@ -54,6 +55,7 @@ class MetricsLog:
             write_text(self.path, "".join(line + "\n" for line in lines))
 
     def close(self) -> None:
+        """Ends the progress bar and TensorBoard's writer."""
         self.bar.close()
         if self.board:
             self.board.close()

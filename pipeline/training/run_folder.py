@@ -75,7 +75,7 @@ def open_run(config: TrainConfig, *, task: Task, world: World) -> Iterator[Path]
     """
     run_dir = Path(config.run.dir)
     _check_fits(config, task)
-    dist.barrier()  # nobody writes before everybody has looked
+    dist.barrier()  # no rank writes before all have looked
     with ExitStack() as held:
         if world.is_main:
             remedy = "wait until it has ended, or give another run.dir"
@@ -97,7 +97,7 @@ def _check_fits(config: TrainConfig, task: Task) -> None:
             f"{run_dir} holds a run already: set run.resume=true to go on, or another run.dir to start a new one"
         )
     _check_same(read_config(run_dir), config, where=known)
-    was, now = read_tables(run_dir)["store"], task.store.manifest["hash"]
+    was, now = read_tables(run_dir)["store"], task.store.manifest.hash
     if was != now:
         raise ConfigError(
             f"store {task.store.path} is not the one {run_dir} was trained on (manifest {was[:12]}, "
@@ -108,7 +108,7 @@ def _check_fits(config: TrainConfig, task: Task) -> None:
 def _describe(config: TrainConfig, task: Task) -> None:
     run_dir = Path(config.run.dir)
     digests = {name: task.vocabulary(name).digest(rows) for name, rows in task.rows.items()}
-    write_checked(run_dir / TABLES, {"rows": task.rows, "ids": digests, "store": task.store.manifest["hash"]})
+    write_checked(run_dir / TABLES, {"rows": task.rows, "ids": digests, "store": task.store.manifest.hash})
     saved = OmegaConf.structured(config)
     # Evaluate and score may be started from elsewhere, and after more days were appended.
     saved.data.store, saved.data.version = str(task.store.path.resolve()), task.store.version

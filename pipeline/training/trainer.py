@@ -125,8 +125,8 @@ class Trainer:
         progress, metric = self.progress, self.task.metric
         if value is None or math.isnan(value):
             self.world.log(
-                f"validation at step {progress.step}: {metric} is undefined on these targets (for auc: one "
-                "class only); the checkpoint is kept, and patience does not count it"
+                f"validation at step {progress.step}: {metric} is undefined on these targets (for auc: one class only);"
+                " the checkpoint is kept, and patience does not count it"
             )
         elif progress.best is None or value > progress.best:
             progress.best, progress.best_step, progress.bad_epochs = value, progress.step, 0
@@ -291,6 +291,7 @@ class LossWatch:
         self.last_mean = float("nan")
 
     def add(self, step: int, loss: torch.Tensor, rows: torch.Tensor) -> None:
+        """loss: (); rows: (R,) rows of the batch's users."""
         self.pending.append((step, loss.detach(), rows))
 
     def check(self) -> float:

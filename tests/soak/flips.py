@@ -26,7 +26,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Target:
-    """Files of a pristine folder, by glob patterns, and who reads them."""
+    """Files of a pristine folder, by glob patterns, and their readers."""
 
     pristine: Path
     patterns: list[str]

@@ -34,11 +34,11 @@ def parts_are_whole(now: Tree, before: Tree, want: Tree) -> bool:
 
 def store_result(trial: Path) -> dict[str, Any]:
     """Every byte, but for the number of the version: a kill between an append's manifest and its becoming current
-    leaves a version that nobody reads, and the rerun makes the one after it. The next vacuum deletes it."""
+    leaves a version that no one reads, and the rerun makes the one after it. The next vacuum deletes it."""
     path = trial / "store/manifest.json"
     manifest = json.loads(path.read_bytes()) if path.exists() else {}
     entries = manifest.get("source", {}).get("files", [])
-    for entry, names in [(manifest, ("version", "hash")), *((entry, ("version",)) for entry in entries)]:
+    for entry, names in [(manifest, ("generation", "hash")), *((entry, ("generation",)) for entry in entries)]:
         for name in names:
             entry.pop(name, None)
     files = {name: digest for name, digest in tree(trial).items() if not name.startswith("store/manifest")}
@@ -47,10 +47,10 @@ def store_result(trial: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """A verb in the trial folder. pristine: what stands there before. start: a call per rank; again: of the rerun.
+    """A verb in the trial folder. pristine: what is there before. start: a call per rank; again: of the rerun.
 
     result: what must be equal in the end. is_whole(now, before, want): what a reader may meet after a kill.
-    done: what a rerun says that finds the work done and refuses to do it twice.
+    done: what a rerun says if it finds the work done and refuses to do it twice.
     """
 
     name: str

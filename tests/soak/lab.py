@@ -38,7 +38,7 @@ class Lab:
 
     @property
     def store(self) -> Path:
-        """The store in it, for those who only read it."""
+        """The store in it, for trials that only read it."""
         return self.created / "store"
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The files that flips.py damages, who reads them, and what the readers answer."""
+"""The files that flips.py damages, their readers, and what the readers answer."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def stored_histories(store: Store, columns: list[str]) -> dict:
         users = table["user_id"].to_pylist()
         folder = file.path.parent.name
         assert users == sorted(users, key=lambda u: u.encode() if isinstance(u, str) else u)
-        assert all(f"bucket={bucket_of(u, store.manifest['num_buckets']):04d}" == folder for u in users)
+        assert all(f"bucket={bucket_of(u, store.manifest.num_buckets):04d}" == folder for u in users)
         for user, events in zip(users, table["events"].to_pylist(), strict=True):
             histories[user] = [{"user": user, **e} for e in events]
     for column in columns:

@@ -59,7 +59,7 @@ def main(inputs: Path, out: Path, *, spark: bool) -> dict:
         ],
         "candidates": read_times(pq.read_table(inputs / "shown.parquet")["timestamp"], **about).tolist(),
         "impression digest": digest(out / "zoned/impressions", "**/*.parquet"),
-        "version": store.manifest["hash"],
+        "version": store.manifest.hash,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
+from elastic_rec.feature_store.table.format import HistoryFile, SourceFile
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.table.vocabulary import Vocabulary
@@ -21,8 +22,8 @@ class IngestEngine(Protocol):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None: ...
 
-    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
-        """Stages all files in order; one entry {path, format, bytes, sha256, events} for each.
+    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[SourceFile]:
+        """Stages all files in order; one entry for each.
 
         columns: role -> input column. Raises DataError for a file or row that a check with policy fail refuses.
         """
@@ -55,6 +56,6 @@ class IngestEngine(Protocol):
 
     def write(
         self, staging: LocalStaging | RemoteStaging, *, num_buckets: int, schema: pa.Schema, row_group_events: int
-    ) -> tuple[list[dict], dict[str, int]]:
+    ) -> tuple[list[HistoryFile], dict[str, int]]:
         """Kept events -> data files, sorted by bucket, user, timestamp, event_id and input order, ids of item and
         context as vocabulary indices. Returns what write_sorted does."""

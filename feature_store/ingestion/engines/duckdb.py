@@ -2,11 +2,7 @@
 
 Every file is inserted into one staging table in input order. DuckDB keeps insertion order (also when it parses a file
 in parallel), so rowid IS "file number, row number", the tie-break of the sort. All passes but the first read the
-staging table, on disk beside the future store, and never parse text again. Spark does the same job behind the same
-calls (ingestion/engines/spark/engine.py): load_inputs, clean, select, id_type, vocabulary, write.
-
-Bucket of a user, the same on every engine: int64 ids ((id % N) + N) % N; strings: the first 15 hex digits of
-md5(utf-8 bytes) read as an unsigned integer, modulo N.
+staging table, on disk beside the future store, and never parse text again.
 """
 
 from __future__ import annotations
@@ -17,43 +13,28 @@ import duckdb
 import pyarrow as pa
 
 from elastic_rec.feature_store.ingestion.checks import ID_ROLES, NULL_WORDS, SEQ, ChecksConfig, Policy, duplicates_found
+from elastic_rec.feature_store.ingestion.engines.session import SQL_TYPES, DuckSession, bucket_sql
 from elastic_rec.feature_store.ingestion.file_clock import FileClock, clock_fault, clock_sql
 from elastic_rec.feature_store.ingestion.inputs import check_entries
-from elastic_rec.feature_store.ingestion.sources import Source, check_same_kinds, open_source, unreadable
+from elastic_rec.feature_store.ingestion.sources import Source, check_same_kinds, open_source
 from elastic_rec.feature_store.ingestion.time_columns import MOMENTS, time_fault, time_sql, time_text_sql
 from elastic_rec.feature_store.ingestion.writer import write_sorted
+from elastic_rec.feature_store.table.format import HistoryFile, SourceFile
 from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging
 from elastic_rec.feature_store.table.times import unit_advice
 from elastic_rec.feature_store.table.vocabulary import FIRST, UNKNOWN, Vocabulary
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.progress import progress
-from elastic_rec.feature_store.utils.sql import bucket_sql, open_database, record_batches
-
-BATCH_EVENTS = 1 << 14
-SQL_TYPES = {"int64": "BIGINT", "string": "VARCHAR"}
 
 
-class DuckEngine:
+class DuckEngine(DuckSession):
     """roles: "user", "item", "timestamp", optionally "event_id", and one per context column (its own name)."""
 
     def __init__(
         self, *, work: Path, roles: list[str], unit: str, memory_limit: str, threads: int, checks: ChecksConfig
     ) -> None:
-        config = {
-            "memory_limit": memory_limit,
-            "temp_directory": str(work / "spill"),
-            "preserve_insertion_order": True,
-            "force_compression": "uncompressed",  # read a few times only: compressing costs more
-        }
-        if threads > 0:
-            config["threads"] = threads
-        try:
-            self._db = open_database(work / "events.duckdb", config)
-        except duckdb.Error as error:
-            raise DataError(f"DuckDB refused its settings ({error}); check memory_limit and threads") from error
-        self._work = work
-        self._memory_limit = memory_limit
+        super().__init__(work, memory_limit=memory_limit, threads=threads)
         self._roles = roles
         self._unit = unit
         self._checks = checks
@@ -61,18 +42,8 @@ class DuckEngine:
         self._indexed = [r for r in roles if r not in ("timestamp", "event_id")]
         self._kinds: dict[str, str] = {}
 
-    def __enter__(self) -> DuckEngine:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._db.close()
-        if isinstance(error, duckdb.OutOfMemoryException):
-            remedy = "raise it or lower threads"
-            raise DataError(f"memory_limit={self._memory_limit} is too small ({error}); {remedy}") from error
-
-    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
-        """Stages all files in order; one entry {path, format, bytes, sha256, events} each. columns: role -> input
-        column."""
+    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[SourceFile]:
+        """As IngestEngine.load_inputs."""
         bar = progress("read", total=len(paths), unit=" files")
         entries = []
         for path in paths:
@@ -82,18 +53,14 @@ class DuckEngine:
         check_entries(entries)
         return entries
 
-    def load_input(self, path: Location, *, format: str, columns: dict[str, str]) -> dict:
+    def load_input(self, path: Location, *, format: str, columns: dict[str, str]) -> SourceFile:
         """One file of load_inputs. A file that is not on the local disk is copied there while it is read."""
         self._is_typed = format == "parquet"
-        local = path.fetch(self._work / "input")
-        source = open_source(path, local, format=format, columns=columns, work=self._work)
-        entry = {"path": str(path), "format": format, "bytes": local.stat().st_size}
-        # What an append knows an input by: its bytes, not its name.
-        entry["sha256"] = open_location(local).digest()
-        entry["events"] = self._load(source)
-        if not path.is_local:
-            local.unlink()
-        return entry
+        with self._local(path) as local:
+            source = open_source(path, local, format=format, columns=columns, work=self._work)
+            # What an append knows an input by: its bytes, not its name.
+            about = {"format": format, "bytes": local.stat().st_size, "sha256": open_location(local).digest()}
+            return SourceFile(path=str(path), **about, events=self._load(source))
 
     def expect_kinds(self, kinds: dict[str, str], *, first: str) -> None:
         """Before the first file: what its columns have to be, as they are in `first`, which is read elsewhere."""
@@ -111,12 +78,8 @@ class DuckEngine:
         if not self._kinds:
             self.expect_kinds(source.kinds, first=str(source.path))
         check_same_kinds(source, self._kinds, self._first)
-        try:
+        with self._reading(source.path, has_quotes=source.quoted is not None):
             count = self._insert(source)
-        except duckdb.OutOfMemoryException:
-            raise
-        except duckdb.Error as error:
-            raise DataError(unreadable(source.path, error, has_quotes=source.quoted is not None)) from error
         self._check(source, count)
         self._num_loaded += count
         return count
@@ -285,20 +248,17 @@ class DuckEngine:
         return self._types.get(role)
 
     def vocabulary(self, role: str) -> Vocabulary:
-        table = record_batches(self._db, f'SELECT id, n FROM "vocab_{role}" ORDER BY idx', BATCH_EVENTS).read_all()
-        ids = table["id"].combine_chunks()
-        if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type):
-            ids = ids.cast(pa.string())
-        return Vocabulary(column=role, ids=ids, counts=table["n"].to_numpy())
+        """As IngestEngine.vocabulary."""
+        return self._vocabulary(role, f'SELECT id, n FROM "vocab_{role}" ORDER BY idx')
 
     def staged_batches(self) -> pa.RecordBatchReader:
         """The staged events as (seq, one column per role), in input order; seq is the place in the input."""
         columns = ", ".join(f'"{role}"' for role in self._roles)
-        return record_batches(self._db, f"SELECT rowid AS {SEQ}, {columns} FROM raw", BATCH_EVENTS)
+        return self._batches(f"SELECT rowid AS {SEQ}, {columns} FROM raw")
 
     def write(
         self, staging: LocalStaging | RemoteStaging, *, num_buckets: int, schema: pa.Schema, row_group_events: int
-    ) -> tuple[list[dict], dict[str, int]]:
+    ) -> tuple[list[HistoryFile], dict[str, int]]:
         """Kept events sorted by bucket, user, timestamp, event_id, input order (seq), ids of item and context as
         vocabulary indices -> data files. Returns what write_sorted does."""
         num_events = self.num_staged()  # no question may come while the answer to the next one is being read
@@ -331,7 +291,7 @@ class DuckEngine:
     def _sorted(self, events: str) -> pa.RecordBatchReader:
         order = "timestamp, event_id" if "event_id" in self._roles else "timestamp"
         sql = f"SELECT * FROM ({events}) ORDER BY bucket, user_id, {order}, {SEQ}"
-        return record_batches(self._db, sql, BATCH_EVENTS)
+        return self._batches(sql)
 
     def _bucket(self, user: str, num_buckets: int) -> str:
         return bucket_sql(user, self._types["user"], num_buckets)
@@ -391,10 +351,3 @@ class DuckEngine:
             exactly = "" if isinstance(value, int) else " exactly"
             raise DataError(f"{where} {value!r} does not fit int64{exactly}; write it as a string{others}")
         raise DataError(f"{where} {value!r:.200} {time_fault(value, source.kinds[role], self._unit)}{others}")
-
-    def _one(self, sql: str) -> int | str | None:
-        return self._run(sql)[0][0]
-
-    def _run(self, sql: str) -> list[tuple]:
-        # DuckDB 2 refuses the next statement while a result is not read to its end.
-        return self._db.execute(sql).fetchall()

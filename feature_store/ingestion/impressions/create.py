@@ -12,6 +12,7 @@ histories decodes the impressions of its users and no others.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,13 @@ from elastic_rec.feature_store.ingestion.impressions.config import ImpressionCon
 from elastic_rec.feature_store.ingestion.impressions.engine import ImpressionEngine
 from elastic_rec.feature_store.ingestion.impressions.items import item_attributes
 from elastic_rec.feature_store.ingestion.impressions.writer import cut_impressions, impression_schema
-from elastic_rec.feature_store.ingestion.inputs import check_entries, find_inputs
-from elastic_rec.feature_store.ingestion.writer import BUCKET
-from elastic_rec.feature_store.table.impression_manifest import FOLDER, ids_digest, write_manifest
-from elastic_rec.feature_store.table.location import Location, open_location
-from elastic_rec.feature_store.table.manifest import describe_data_file, describe_file, named_files, put_in_place
-from elastic_rec.feature_store.table.own_files import data_files
+from elastic_rec.feature_store.ingestion.inputs import find_inputs
+from elastic_rec.feature_store.ingestion.writer import BUCKET, BucketFiles, write_vocabularies
+from elastic_rec.feature_store.table.format import ImpressionFile, ImpressionManifest, NamedFile
+from elastic_rec.feature_store.table.impression_table import ids_of
+from elastic_rec.feature_store.table.location import Location
+from elastic_rec.feature_store.table.manifest import commit, describe_data_file, describe_file
+from elastic_rec.feature_store.table.own_files import IMPRESSIONS, data_files
 from elastic_rec.feature_store.table.store import Store, first_users
 from elastic_rec.feature_store.table.versions import append_folder, writing
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
@@ -40,69 +42,61 @@ def ingest_impressions(config: ImpressionConfig, *, out: str, memory_limit: str 
     began = time.perf_counter()
     paths, _ = find_inputs(config.input, format="parquet")
     with writing(out) as root, append_folder(root) as work:
-        content = _build(config, paths, Store.open(root), work, memory_limit, threads)
-        _publish(content, work, root)
+        manifest = _build(config, paths, Store.open(root), work, memory_limit, threads)
+        _publish(manifest, work, root / IMPRESSIONS)
     seconds = time.perf_counter() - began
-    num_unknown = content["num_unknown_candidates"]
     return {
-        "impressions": content["num_impressions"],
-        "candidates": content["num_candidates"],
-        "unknown_candidates": num_unknown,
-        "labels": content["labels"],
-        "context": [*content["context"], *content["item_context"]],
-        "bytes": sum(entry["bytes"] for entry in named_files(content)),
+        "impressions": manifest.num_impressions,
+        "candidates": manifest.num_candidates,
+        "unknown_candidates": manifest.num_unknown_candidates,
+        "labels": manifest.labels,
+        "context": [*manifest.context, *manifest.item_context],
+        "bytes": sum(entry.bytes for entry in manifest.named_files()),
         "seconds": round(seconds, 3),
-        "impressions_per_s": round(content["num_impressions"] / seconds),
+        "impressions_per_s": round(manifest.num_impressions / seconds),
     }
 
 
 def _build(
     config: ImpressionConfig, paths: list[Location], store: Store, work: Path, memory_limit: str, threads: int
-) -> dict:
+) -> ImpressionManifest:
+    """Files in `work`; returns the manifest that names them."""
     items = store.vocabulary("item")
     (work / "duckdb").mkdir()
-    (work / "vocab").mkdir()
     with ImpressionEngine(config, store, work=work / "duckdb", memory_limit=memory_limit, threads=threads) as engine:
-        source = []
-        for path in paths:
-            local = path.fetch(work / "input")
-            source.append({"path": path.name, "sha256": open_location(local).digest()})
-            source[-1]["impressions"] = engine.load(path, local)
-            if not path.is_local:
-                local.unlink()
-        named = zip(paths, source, strict=True)
-        check_entries([{**entry, "path": path, "events": entry["impressions"]} for path, entry in named])
-        engine.check_labels()
+        inputs = engine.load_inputs(paths)
         vocabularies = {name: engine.vocabulary(name) for name in config.context_columns}
-        encode = Encoder(config, items, vocabularies, user_type=store.manifest["vocabularies"]["user"]["type"])
+        encode = Encoder(config, items, vocabularies, user_type=store.manifest.schema.user_id)
         files = _write(config, engine.sorted_batches(), encode, store, work)
         percentiles = engine.percentiles()
     attributes, attribute_vocabularies = item_attributes(config, items)
-    if config.item_input:
-        (work / "items").mkdir()
-        pq.write_table(attributes, work / "items" / "items.parquet", compression="zstd")
-    entries = {}
-    for name, vocabulary in (vocabularies | attribute_vocabularies).items():
-        path = work / "vocab" / f"{name}.parquet"
-        vocabulary.write(path)
-        entries[name] = {"size": vocabulary.size, **describe_file(work, path)}
-    return {
-        "store": store.manifest["hash"],
-        "num_buckets": store.manifest["num_buckets"],
-        "time_unit": store.time_unit,
-        "time_percentiles": percentiles,
-        "item_ids": {"size": items.size, "sha256": ids_digest(items, items.size)},
-        "num_impressions": sum(entry["impressions"] for entry in source),
-        "num_candidates": sum(entry["num_candidates"] for entry in files),
-        "num_unknown_candidates": encode.num_unknown,
-        "labels": config.label_columns,
-        "context": config.context_columns,
-        "item_context": config.item_context_columns,
-        "files": files,
-        "vocabularies": entries,
-        "items": describe_file(work, work / "items" / "items.parquet") if config.item_input else None,
-        "source": source,
-    }
+    attributes_file = None
+    if attributes is not None:
+        path = work / "items" / "items.parquet"
+        path.parent.mkdir()
+        pq.write_table(attributes, path, compression="zstd")
+        attributes_file = NamedFile(**describe_file(work, path))
+    entries = write_vocabularies((vocabularies | attribute_vocabularies).values(), work)
+    return ImpressionManifest(
+        store=store.manifest.hash,
+        num_buckets=store.manifest.num_buckets,
+        time_unit=store.time_unit,
+        time_percentiles=percentiles,
+        item_ids=ids_of(items),
+        num_impressions=sum(entry.events for entry in inputs),
+        num_candidates=sum(entry.num_candidates for entry in files),
+        num_unknown_candidates=encode.num_unknown,
+        labels=config.label_columns,
+        context=config.context_columns,
+        item_context=config.item_context_columns,
+        files=files,
+        vocabularies={name: replace(entry, type=None) for name, entry in entries.items()},
+        items=attributes_file,
+        source=[
+            {"path": path.name, "sha256": entry.sha256, "impressions": entry.events}
+            for path, entry in zip(paths, inputs, strict=True)
+        ],
+    )
 
 
 class Encoder:
@@ -135,43 +129,30 @@ class Encoder:
 
 def _write(
     config: ImpressionConfig, batches: pa.RecordBatchReader, encode: Encoder, store: Store, work: Path
-) -> list[dict]:
-    """Data files of all buckets; returns their manifest entries."""
-    entries: list[dict] = []
-    writer = None
-    parts = cut_impressions(batches, first_users(store), cap=config.row_group_candidates)
+) -> list[ImpressionFile]:
+    """Data files of all buckets; returns their entries."""
+    files = BucketFiles(work, encode.schema)
     try:
-        for bucket, rows in parts:
-            if not entries or entries[-1]["bucket"] != bucket:
-                if writer is not None:
-                    writer.close()
-                path = work / f"bucket={bucket:04d}" / "part.parquet"
-                path.parent.mkdir()
-                writer = pq.ParquetWriter(path, encode.schema, compression="zstd", write_page_checksum=True)
-                entries.append({"bucket": bucket, "path": path, "row_groups": []})
+        for bucket, rows in cut_impressions(batches, first_users(store), cap=config.row_group_candidates):
             table = encode(rows.drop_columns([BUCKET]))
-            writer.write_table(table, row_group_size=len(table))
-            entries[-1]["row_groups"].append([len(table), len(table["candidates"].chunk(0).values)])
+            files.write(bucket, table, len(table["candidates"].chunk(0).values))
     finally:
-        if writer is not None:
-            writer.close()
-    return [_describe(work, entry) for entry in entries]
+        files.close()
+    return [
+        ImpressionFile(
+            **describe_data_file(work, path),
+            stored_bucket=bucket,
+            row_groups=row_groups,
+            num_impressions=sum(rows for rows, _ in row_groups),
+            num_candidates=sum(candidates for _, candidates in row_groups),
+        )
+        for bucket, path, row_groups in files.written
+    ]
 
 
-def _describe(work: Path, entry: dict) -> dict:
-    counts = np.array(entry["row_groups"]).sum(axis=0).tolist()
-    described = describe_data_file(work, entry["path"])
-    return {**entry, **described, "num_impressions": counts[0], "num_candidates": counts[1]}
-
-
-def _publish(content: dict, work: Path, root: Location) -> None:
-    """Moves finished files into the store under names made of their digests; the manifest makes them its impressions,
-    and the files of those before are deleted."""
-    folder, entries = root / FOLDER, named_files(content)
-    for entry, moved in zip(entries, put_in_place(entries, work, folder), strict=True):
-        entry["path"] = moved["path"]
-    write_manifest(folder, content)
-    named = {entry["path"] for entry in entries}
-    for file in data_files(root, folder=FOLDER):
+def _publish(manifest: ImpressionManifest, work: Path, folder: Location) -> None:
+    """Makes the files of `work` the impressions of the store; the files of those before are deleted."""
+    named = {entry.path for entry in commit(manifest, work=work, root=folder).named_files()}
+    for file in data_files(folder.parent, folder=IMPRESSIONS):
         if file.below(folder) not in named:
             file.delete()

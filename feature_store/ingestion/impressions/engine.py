@@ -10,35 +10,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.ingestion.checks import NULL_WORDS
-from elastic_rec.feature_store.ingestion.engines.duckdb import SQL_TYPES
+from elastic_rec.feature_store.ingestion.engines.session import SQL_TYPES, DuckSession, bucket_sql
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
+from elastic_rec.feature_store.ingestion.inputs import check_entries
 from elastic_rec.feature_store.ingestion.sources import (
     category_sql,
     find_column,
     kind_of,
     parquet_scan,
+    parquet_schema,
     rewrite,
     text_id_sql,
     text_sql,
-    unreadable,
     whole_sql,
 )
 from elastic_rec.feature_store.ingestion.time_columns import MOMENTS, stored_time_kind, time_sql, times_factor
-from elastic_rec.feature_store.table.location import Location
+from elastic_rec.feature_store.table.format import SourceFile
+from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.times import iso_time, sensible_range_s, unit_advice
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
 from elastic_rec.feature_store.utils.arrow import is_list
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.feature_store.utils.sql import bucket_sql, open_database, record_batches
 
-BATCH_IMPRESSIONS = 1 << 14
 SINGLE_COLUMNS = ("user_column", "timestamp_column", "candidates_column")
 _IDS = ("int64", "float", "decimal", "text", "binary", "uuid")
 # What a column may hold (sources.kind_of), by the setting that names it.
@@ -67,37 +65,32 @@ class Column(NamedTuple):
         return f"list_transform({self.sql}, lambda x: {make('x')})" if self.is_list else f"[{make(self.sql)}]"
 
 
-class ImpressionEngine:
-    """load() each file, then vocabulary, percentiles and sorted_batches."""
+class ImpressionEngine(DuckSession):
+    """load_inputs, then vocabulary, percentiles and sorted_batches."""
 
     def __init__(self, config: ImpressionConfig, store: Store, *, work: Path, memory_limit: str, threads: int) -> None:
-        settings = {"memory_limit": memory_limit, "temp_directory": str(work / "spill")}
-        if threads > 0:
-            settings["threads"] = threads
-        self._db = open_database(work / "impressions.duckdb", settings)
-        self._config, self._store, self._memory_limit = config, store, memory_limit
-        self._user_type = store.manifest["vocabularies"]["user"]["type"]
-        self._item_type = store.manifest["vocabularies"]["item"]["type"]
+        super().__init__(work, memory_limit=memory_limit, threads=threads)
+        self._config, self._store = config, store
+        self._user_type = store.manifest.vocabularies["user"].type
+        self._item_type = store.manifest.vocabularies["item"].type
         self._context_types: dict[str, str] = {}
         self._is_created = False
 
-    def __enter__(self) -> ImpressionEngine:
-        return self
+    def load_inputs(self, paths: list[Location]) -> list[SourceFile]:
+        """Stages all files in order; one entry for each, whose events are impressions. DataError names the first bad
+        row, and a label that no candidate has."""
+        entries = []
+        for path in paths:
+            with self._local(path) as local:
+                digest = open_location(local).digest()
+                entries.append(SourceFile(path=str(path), sha256=digest, events=self._load(path, local)))
+        check_entries(entries)
+        self._check_labels()
+        return entries
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._db.close()
-        if isinstance(error, duckdb.OutOfMemoryException):
-            raise DataError(f"memory_limit={self._memory_limit} is too small ({error}); raise it") from error
-
-    def load(self, path: Location, local: Path) -> int:
-        """Appends one file's impressions; local: the file, or a copy on this disk. Returns their number; DataError
-        names the first bad row."""
-        try:
-            file = pq.ParquetFile(local)
-            schema, num_rows = file.schema_arrow, file.metadata.num_rows
-            file.close()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not readable as Parquet ({error}); impressions come as Parquet") from error
+    def _load(self, path: Location, local: Path) -> int:
+        """Appends one file's impressions; local: the file, or a copy on this disk. Returns their number."""
+        schema, num_rows = parquet_schema(path, local)
         if num_rows == 0:
             return 0
         columns = self._columns(path, schema)
@@ -106,28 +99,21 @@ class ImpressionEngine:
             self._create()
         first = self._one("SELECT coalesce(max(rowid) + 1, 0) FROM raw")
         selected = ", ".join(self._staged(columns, time_kind))
-        try:
-            ((count,),) = self._run(f"INSERT INTO raw SELECT {selected} FROM {parquet_scan(local, len(schema.names))}")
-        except duckdb.OutOfMemoryException:
-            raise
-        except duckdb.Error as error:
-            raise DataError(unreadable(path, error, has_quotes=False)) from error
+        with self._reading(path, has_quotes=False):
+            count = self._one(f"INSERT INTO raw SELECT {selected} FROM {parquet_scan(local, len(schema.names))}")
         self._check(path, first)
         self._check_range(path, first, time_kind)
         return count
 
     def vocabulary(self, column: str) -> Vocabulary:
         """Values of a context column by falling count, then by value."""
-        sql = (
+        return self._vocabulary(
+            column,
             f'SELECT id, count(*) AS n FROM (SELECT unnest("{column}") AS id FROM raw) WHERE id IS NOT NULL '
-            "GROUP BY id ORDER BY n DESC, id"
+            "GROUP BY id ORDER BY n DESC, id",
         )
-        table = record_batches(self._db, sql, BATCH_IMPRESSIONS).read_all()
-        ids = table["id"].combine_chunks()
-        ids = ids.cast(pa.int64() if pa.types.is_integer(ids.type) else pa.string())
-        return Vocabulary(column=column, ids=ids, counts=table["n"].to_numpy())
 
-    def check_labels(self) -> None:
+    def _check_labels(self) -> None:
         """DataError for a label that no candidate has."""
         for name in self._config.label_columns:
             if not self._one(f'SELECT count(*) FROM raw WHERE list_count("{name}") > 0'):
@@ -142,13 +128,11 @@ class ImpressionEngine:
 
     def sorted_batches(self) -> pa.RecordBatchReader:
         """(bucket, user_id, timestamp, candidates list, labels lists, context lists), raw ids."""
-        bucket = bucket_sql("user_id", self._user_type, self._store.manifest["num_buckets"])
+        bucket = bucket_sql("user_id", self._user_type, self._store.manifest.num_buckets)
         names = ", ".join(f'"{n}"' for n in [*self._config.label_columns, *self._config.context_columns])
-        return record_batches(
-            self._db,
+        return self._batches(
             f"SELECT {bucket} AS bucket, user_id, timestamp, candidates, {names} FROM raw "
             "ORDER BY bucket, user_id, timestamp, rowid",
-            BATCH_IMPRESSIONS,
         )
 
     def _create(self) -> None:
@@ -281,12 +265,6 @@ class ImpressionEngine:
                 f"{path}: impression in row {row - first + 1}: timestamp {iso_time(time // UNITS_PER_SECOND[kept])}"
                 f"{written} cannot belong to the events of this store, nor can {count - 1} more in this file; {advice}"
             )
-
-    def _one(self, sql: str):
-        return self._run(sql)[0][0]
-
-    def _run(self, sql: str) -> list[tuple]:
-        return self._db.execute(sql).fetchall()
 
 
 def _label_sql(value: str, lowest: float | None) -> str:

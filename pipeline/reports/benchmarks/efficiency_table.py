@@ -1,23 +1,41 @@
-"""What the efficiency suite measured, and what follows: ratios, slopes, targets."""
+"""What suite=efficiency measured, and what follows from it: ratios, slopes, targets, tables, and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
-import numpy as np
+from matplotlib.figure import Figure
 
-from elastic_rec.pipeline.reports.benchmarks.config import EfficiencyTargets
-from elastic_rec.pipeline.reports.benchmarks.contestants import CONTESTANTS, ELASTIC, GATHER, SASREC
-from elastic_rec.pipeline.reports.benchmarks.record import Verdict
+from elastic_rec.pipeline.reports.benchmarks.config import EfficiencyConfig, EfficiencyTargets
+from elastic_rec.pipeline.reports.benchmarks.figures import (
+    Verdict,
+    at_least,
+    at_most,
+    between,
+    log_log_slope,
+    markdown_table,
+)
+from elastic_rec.pipeline.reports.benchmarks.models import ELASTIC, GATHER, MODELS, MODES, SASREC
+from elastic_rec.pipeline.reports.benchmarks.suite import Report
+from elastic_rec.pipeline.reports.plots import BLUE, GREY, LIGHT_BLUE, ORANGE, RED, VIOLET, plt
+
+LOOKS = {
+    "elastic": (BLUE, "o-"),
+    "elastic_causal": (LIGHT_BLUE, "s-"),
+    "sasrec": (RED, "o-"),
+    "sasrec_newest": (ORANGE, "s--"),
+    "naive": (VIOLET, "o:"),
+    "gather": (GREY, "-"),
+}
 
 
 @dataclass
-class Cell:
-    """One contestant at one length in one mode. seconds: median of samples_s, None unless status is "ok"."""
+class Measurement:
+    """One model at one length in one mode. seconds: median of samples_s, None unless status is "ok"."""
 
-    contestant: str
+    model: str
     mode: str
     events: int
     status: str = "ok"
@@ -26,100 +44,157 @@ class Cell:
     samples_s: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
 
+    def close(self) -> None:
+        """After the last round: figures where all went well, and none where not."""
+        if self.status == "ok":
+            self.seconds = median(self.samples_s)
+        else:
+            self.samples_s, self.peak_bytes = [], 0
+
+    @property
+    def text(self) -> str:
+        """12.3 ms · 4.1 MiB, or why there is no figure."""
+        if (s := self.seconds) is None:
+            return self.status
+        duration = f"{s * 1e6:.3g} µs" if s < 1e-3 else f"{s * 1e3:.3g} ms" if s < 1 else f"{s:.3g} s"
+        mib = self.peak_bytes / 2**20
+        size = f"{mib:.2g} MiB" if mib < 10 else f"{mib:,.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
+        return f"{duration} · {size}"
+
 
 class Table:
-    """All cells of a run and what follows from them."""
+    """All measurements of a run."""
 
     def __init__(self) -> None:
-        self.cells: dict[tuple[str, str, int], Cell] = {}
+        self.found: dict[tuple[str, str, int], Measurement] = {}
 
-    def add(self, cell: Cell) -> None:
-        self.cells[cell.contestant, cell.mode, cell.events] = cell
-
-    def seconds(self, contestant: str, mode: str, events: int) -> float | None:
-        cell = self.cells.get((contestant, mode, events))
-        return cell.seconds if cell else None
+    def add(self, found: Measurement) -> None:
+        """Adds a measurement, or replaces that of the same model, mode and length."""
+        self.found[found.model, found.mode, found.events] = found
 
     def lengths(self, mode: str) -> list[int]:
-        return sorted({cell.events for cell in self.cells.values() if cell.mode == mode})
+        """Numbers of events, ascending."""
+        return sorted({found.events for found in self.found.values() if found.mode == mode})
 
-    def contestants(self, mode: str) -> list[str]:
-        found = {cell.contestant for cell in self.cells.values() if cell.mode == mode}
-        return [name for name in CONTESTANTS if name in found]
+    def models(self, mode: str) -> list[str]:
+        """Names, in the order of MODELS."""
+        measured = {found.model for found in self.found.values() if found.mode == mode}
+        return [name for name in MODELS if name in measured]
 
-    def curve(self, contestant: str, mode: str) -> list[Cell]:
-        """Measured cells by length."""
-        cells = [self.cells.get((contestant, mode, events)) for events in self.lengths(mode)]
-        return [cell for cell in cells if cell and cell.seconds is not None]
+    def row(self, model: str, mode: str) -> list[Measurement]:
+        """Of one model, by length."""
+        found = [found for found in self.found.values() if (found.model, found.mode) == (model, mode)]
+        return sorted(found, key=lambda found: found.events)
 
-    def ratio(self, over: str, under: str, mode: str, events: int) -> float | None:
-        """Time of one over time of the other, where both were measured."""
-        a, b = self.seconds(over, mode, events), self.seconds(under, mode, events)
-        return a / b if a and b else None
+    def curve(self, model: str, mode: str) -> list[Measurement]:
+        """Those of a row that have figures."""
+        return [found for found in self.row(model, mode) if found.seconds is not None]
 
-    def slope(self, contestant: str, mode: str, start: int) -> float | None:
-        """Least squares of log time against log N over lengths from `start` on; needs two of them."""
-        cells = [cell for cell in self.curve(contestant, mode) if cell.events >= start]
-        if len(cells) < 2:
-            return None
-        x, y = (np.log([getattr(cell, name) for cell in cells]) for name in ("events", "seconds"))
-        return float(np.polyfit(x, y, 1)[0])
+    def pairs(self, mode: str) -> list[tuple[str, str]]:
+        """(over, under): each other model over each form of ELASTIC; against the gather, the form over it."""
+        names = self.models(mode)
+        others = [name for name in names if name not in ELASTIC]
+        pairs = [(form, other) for form in ELASTIC if form in names for other in others]
+        return [(form, other) if other == GATHER else (other, form) for form, other in pairs]
+
+    def ratios(self, over: str, under: str, mode: str) -> dict[int, float]:
+        """Length -> time of one over time of the other, where both were measured."""
+        below = {found.events: found.seconds for found in self.curve(under, mode)}
+        return {f.events: f.seconds / below[f.events] for f in self.curve(over, mode) if f.events in below}
+
+    def slope(self, model: str, mode: str, start: int) -> float | None:
+        """Log-log slope of time over lengths from `start` on; None for fewer than two."""
+        return log_log_slope((f.events, f.seconds) for f in self.curve(model, mode) if f.events >= start)
+
+
+def report(table: Table, config: EfficiencyConfig, circumstances: dict[str, Any]) -> Report:
+    """circumstances: threads, device and allocator of the worker."""
+    found = figures(table, config.targets)
+    return Report(
+        figures=found,
+        samples={"cells": [asdict(found) for found in table.found.values()]},
+        verdicts=judge(table, config.targets),
+        lines=_lines(table, config),
+        circumstances=circumstances,
+        plot=lambda: plot(table),
+    )
 
 
 def judge(table: Table, targets: EfficiencyTargets) -> list[Verdict]:
-    """Every target for every ELASTIC form that took part. All are about inference."""
-    mode, verdicts = "inference", []
+    """Every target that is on, for every form of ELASTIC that was measured. All are about inference."""
+    mode, peer, verdicts = "inference", MODELS[SASREC], []
 
-    def add(name: str, bound: str, value: float | None, met: Callable[[float], bool]) -> None:
-        verdicts.append(Verdict(name, bound, value, value is not None and met(value)))
+    def from_length(start: int, over: str, under: str) -> list[float]:
+        return [ratio for events, ratio in table.ratios(over, under, mode).items() if events >= start]
 
-    for form in (name for name in ELASTIC if name in table.contestants(mode)):
-        label, peer = CONTESTANTS[form], CONTESTANTS[SASREC]
+    for form in (name for name in ELASTIC if name in table.models(mode)):
+        label, speedups = MODELS[form], table.ratios(SASREC, form, mode)
         for events, least in zip(targets.speedup_events, targets.speedups, strict=True):
-            ratio = table.ratio(SASREC, form, mode, events)
-            name = f"{label} speed-up over {peer} at N={events:,}"
-            add(name, f"at least {least:g}x", ratio, lambda value, least=least: value >= least)
-        if targets.no_slower_from:
-            ratios = [table.ratio(SASREC, form, mode, n) for n in table.lengths(mode) if n >= targets.no_slower_from]
-            worst = min((ratio for ratio in ratios if ratio is not None), default=None)
-            name = f"{label} least speed-up over {peer} from N={targets.no_slower_from:,} on"
-            add(name, "at least 1x", worst, lambda value: value >= 1)
-        if targets.slope_max:
-            slope = table.slope(form, mode, targets.slope_from)
-            low, high = targets.slope_min, targets.slope_max
-            name = f"{label} log-log slope from N={targets.slope_from:,} on"
-            add(name, f"{low:g} to {high:g}", slope, lambda value, low=low, high=high: low <= value <= high)
-        if targets.gather_ratio:
-            ratios = [table.ratio(form, GATHER, mode, n) for n in table.lengths(mode) if n >= targets.gather_from]
-            worst = max((ratio for ratio in ratios if ratio is not None), default=None)
-            name = f"{label} time over bare gather from N={targets.gather_from:,} on, worst"
-            add(name, f"at most {targets.gather_ratio:g}x", worst, lambda value: value <= targets.gather_ratio)
+            verdicts += at_least(f"{label} speed-up over {peer} at N={events:,}", least, speedups.get(events), "x")
+        start = targets.no_slower_from
+        worst = min(from_length(start, SASREC, form), default=None)
+        verdicts += at_least(f"{label} least speed-up over {peer} from N={start:,} on", int(start > 0), worst, "x")
+        start = targets.slope_from
+        name, slope = f"{label} log-log slope from N={start:,} on", table.slope(form, mode, start)
+        verdicts += between(name, targets.slope_min, targets.slope_max, slope)
+        start = targets.gather_from
+        worst = max(from_length(start, form, GATHER), default=None)
+        name = f"{label} time over bare gather from N={start:,} on, worst"
+        verdicts += at_most(name, targets.gather_ratio, worst, "x")
     return verdicts
 
 
 def figures(table: Table, targets: EfficiencyTargets) -> dict[str, Any]:
-    """What follows from the cells: ratios of each ELASTIC form to the others by length, and slopes."""
-    ratios: dict[str, Any] = {}
-    slopes: dict[str, Any] = {}
-    for mode in ("inference", "training"):
-        names = table.contestants(mode)
-        slopes[mode] = {name: table.slope(name, mode, targets.slope_from) for name in names}
-        for form in (name for name in ELASTIC if name in names):
-            for other in (name for name in names if name not in ELASTIC):
-                pair = (form, GATHER) if other == GATHER else (other, form)
-                by_length = {n: table.ratio(*pair, mode, n) for n in table.lengths(mode)}
-                key = f"{form} over gather" if other == GATHER else f"{other} over {form}"
-                ratios.setdefault(mode, {})[key] = {n: value for n, value in by_length.items() if value is not None}
-    return {"ratios": ratios, "slopes": {mode: found for mode, found in slopes.items() if found}}
+    """Number of measurements; by mode the ratios of each pair by length, and the slope of each model."""
+    modes = [mode for mode in MODES if table.models(mode)]
+    return {
+        "cells": len(table.found),
+        "ratios": {
+            mode: {f"{over} over {under}": table.ratios(over, under, mode) for over, under in table.pairs(mode)}
+            for mode in modes
+            if table.pairs(mode)
+        },
+        "slopes": {
+            mode: {name: table.slope(name, mode, targets.slope_from) for name in table.models(mode)} for mode in modes
+        },
+    }
 
 
-def short(cell: Cell) -> str:
-    """12.3 ms · 4.1 MiB"""
-    if cell.seconds is None:
-        return cell.status
-    s = cell.seconds
-    time_text = f"{s * 1e6:.3g} µs" if s < 1e-3 else f"{s * 1e3:.3g} ms" if s < 1 else f"{s:.3g} s"
-    mib = cell.peak_bytes / 2**20
-    return f"{time_text} · " + (
-        f"{mib:.2g} MiB" if mib < 10 else f"{mib:,.0f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
-    )
+def _lines(table: Table, config: EfficiencyConfig) -> list[str]:
+    lines = [
+        f"One user per call. Median time of up to {config.repetitions} rounds in which models take turns (fewer where "
+        f"they would take over {config.rounds_s:g} s, at least 1), and the peak of torch's allocator above weights and "
+        f"events. A call may allocate {config.memory_limit_gib:g} GiB.",
+    ]
+    for mode in MODES:
+        names, pairs, lengths = table.models(mode), table.pairs(mode), table.lengths(mode)
+        if not names:
+            continue
+        ratios = [table.ratios(over, under, mode) for over, under in pairs]
+        start = config.targets.slope_from
+        slopes = {name: table.slope(name, mode, start) for name in names}
+        known = ", ".join(f"{MODELS[name]} {slope:.2f}" for name, slope in slopes.items() if slope is not None)
+        rows = [(f"{n:,}", *(table.found[name, mode, n].text for name in names)) for n in lengths]
+        lines += ["", f"## {mode.capitalize()}", "", *markdown_table(("N", *map(MODELS.get, names)), rows), ""]
+        lines += [f"Log-log slope of time from N = {start:,} on: {known or 'too few lengths'}.", ""]
+        rows = [(f"{n:,}", *(f"{found[n]:.1f}x" if n in found else "" for found in ratios)) for n in lengths]
+        lines += markdown_table(("N", *(f"{MODELS[over]} / {MODELS[under]}" for over, under in pairs)), rows)
+    return lines
+
+
+def plot(table: Table) -> Figure:
+    """Time above, peak memory below, a column per mode. A curve ends where its model ran out of memory or time."""
+    modes = [mode for mode in MODES if table.models(mode)]
+    figure, axes = plt.subplots(2, len(modes), figsize=(5 * len(modes), 7), squeeze=False)
+    for (above, below), mode in zip(axes.T, modes, strict=True):
+        for name in table.models(mode):
+            curve, (color, style) = table.curve(name, mode), LOOKS[name]
+            x, look = [found.events for found in curve], {"color": color, "ms": 4, "label": MODELS[name]}
+            above.plot(x, [found.seconds for found in curve], style, **look)
+            below.plot(x, [max(found.peak_bytes, 1) / 2**20 for found in curve], style, **look)
+        above.set(title=mode, ylabel="seconds per user", yscale="log")
+        below.set(xlabel="events N", ylabel="peak memory, MiB", yscale="log")
+        for axis in (above, below):
+            axis.set_xscale("log", base=2)
+    axes[0][0].legend()
+    return figure

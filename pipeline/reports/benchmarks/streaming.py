@@ -1,18 +1,19 @@
 """suite=streaming: what a new event costs a user with a long past, and what a whole long past costs.
 
-Folds: per number of past events one state; a call folds one event into it, reads the user's summary and ranks the
+Folds: each number of past events has one state. A call folds one event into it, reads the user's summary and ranks the
 catalogue. A sample is as many calls in a row as a chunk has events, so that each sees an open chunk of every length.
-Samples of all lengths take turns, in an order that rotates.
-Passes: one user's whole history through `step`, in a process of its own per length, whose resident memory is watched.
+Samples of all lengths take turns.
+Passes: one user's whole history through `step`. Each length has its own process, whose resident memory is watched.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -20,55 +21,68 @@ from elastic_rec.feature_store.utils.progress import peak_memory_bytes
 from elastic_rec.models.towers.base import build_tower
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import UserState
-from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig
-from elastic_rec.pipeline.reports.benchmarks.record import Record
-from elastic_rec.pipeline.reports.benchmarks.streaming_report import Fold, Pass, judge, last_figures, write
+from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig, StreamingTargets
+from elastic_rec.pipeline.reports.benchmarks.figures import (
+    Timed,
+    Verdict,
+    at_most,
+    between,
+    in_turns,
+    log_log_slope,
+    markdown_table,
+)
+from elastic_rec.pipeline.reports.benchmarks.suite import Log, Report
 from elastic_rec.pipeline.runtime.allocator import keep_freed_memory
-from elastic_rec.pipeline.runtime.errors import ConfigError
 
 TOP_K = 10
 
 
-def run(config: BenchmarkConfig, *, device: str, out: Path, say: Callable[[str], None]) -> tuple[dict, list[str]]:
-    """Measures, writes OUT/streaming.{json,md}; returns (figures for the last line, missed targets)."""
-    if device != "cpu":
-        raise ConfigError("suite=streaming watches the memory of a process, not of a GPU: set device=cpu")
-    config.model = replace(config.model, tower="elastic_causal")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    record = Record(
-        "streaming",
-        out,
-        ("json", "md"),
-        threads=torch.get_num_threads(),
-        allocator=keep_freed_memory(),
-        model=asdict(config.model),
-        memory=asdict(config.memory),
-        streaming=asdict(config.streaming),
-        seed=config.seed,
+@dataclass
+class Fold(Timed):
+    """A new event after `events` others. state_bytes: of the user's state in storage. samples_s: seconds per event."""
+
+    events: int
+    state_bytes: int
+    samples_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Pass(Timed):
+    """A whole history. peak_rss_bytes: of the process, with interpreter, libraries and the events themselves."""
+
+    events: int
+    peak_rss_bytes: int
+    samples_s: list[float]
+
+
+def measure(config: BenchmarkConfig, device: str, log: Log) -> Iterator[Report]:
+    """One report, of all folds and passes."""
+    folds = measure_folds(config, log)
+    passes = [_in_child(config, events, log) for events in config.streaming.pass_events]
+    yield Report(
+        figures=last_figures(folds, passes),
+        samples={"folds": [asdict(fold) for fold in folds], "passes": [asdict(row) for row in passes]},
+        verdicts=judge(folds, passes, config.streaming.targets),
+        lines=_lines(config, folds, passes),
     )
-    folds = measure_folds(config, say=say)
-    passes = [_in_child(config, events, say=say) for events in config.streaming.pass_events]
-    verdicts = judge(folds, passes, config.streaming.targets)
-    record.stop()
-    write(record, folds, passes, verdicts)
-    return record.last_line(last_figures(folds, passes), verdicts)
 
 
 def build(config: BenchmarkConfig) -> CausalTower:
+    """The tower with random weights, for inference."""
     torch.manual_seed(config.seed)
     return build_tower(config.model, config.memory).eval()
 
 
 def draw_events(config: BenchmarkConfig, num_events: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors (N, D) and int64 times: other events for another seed, the same for another length."""
+    """Vectors (N, D) and int64 times in seconds. They depend on the seed, and on the length only by being cut."""
     g = torch.Generator().manual_seed(config.seed)
     gaps_s = torch.randint(0, 7200, (num_events,), generator=g)
     return torch.randn(num_events, config.model.width, generator=g), 1_600_000_000 + gaps_s.cumsum(0)
 
 
 @torch.no_grad()
-def measure_folds(config: BenchmarkConfig, *, say: Callable[[str], None]) -> list[Fold]:
+def measure_folds(config: BenchmarkConfig, log: Log) -> list[Fold]:
+    """A fold per number of past events, each with a sample per round."""
     suite, tower = config.streaming, build(config)
     catalogue_VD = torch.randn(suite.catalogue, config.model.width)
     folds, states = [], []
@@ -78,14 +92,12 @@ def measure_folds(config: BenchmarkConfig, *, say: Callable[[str], None]) -> lis
         folds.append(Fold(events, state.to_bytes().shape[1]))
         states.append((state, int(times_s_T[-1])))
     new_CD = torch.randn(config.model.chunk, config.model.width)
-    for turn in range(suite.repetitions + 1):
-        shift = turn % len(folds)
-        for number in [*range(shift, len(folds)), *range(shift)]:
-            seconds = _fold_all(tower, *states[number], new_CD, catalogue_VD)
-            if turn:  # the first round warms up
-                folds[number].samples_s.append(seconds)
+    for turn, number in in_turns(range(len(folds)), suite.repetitions + 1):
+        seconds = _fold_all(tower, *states[number], new_CD, catalogue_VD)
+        if turn:  # the first round warms up
+            folds[number].samples_s.append(seconds)
     for fold in folds:
-        say(f"fold after {fold.events:,}: {fold.seconds * 1e3:.2f} ms, state {fold.state_bytes:,} bytes")
+        log(f"fold after {fold.events:,}: {fold.seconds * 1e3:.2f} ms, state {fold.state_bytes:,} bytes")
     return folds
 
 
@@ -99,24 +111,18 @@ def _fold_all(tower: CausalTower, state: UserState, newest_s: int, new_CD, catal
     return (time.perf_counter() - start) / len(new_CD)
 
 
-def _in_child(config: BenchmarkConfig, events: int, *, say: Callable[[str], None]) -> Pass:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_pass, args=(sender, config, events), daemon=True)
-    child.start()
-    sender.close()
-    try:
-        measured = Pass(events, *receiver.recv())
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"the pass over {events:,} events ended with exit code {child.exitcode}") from None
-    child.join()
-    say(f"pass over {events:,}: {measured.seconds:.3g} s, {measured.peak_rss_bytes / 2**30:.2f} GiB resident at most")
+def _in_child(config: BenchmarkConfig, events: int, log: Log) -> Pass:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as child:
+        try:
+            measured = child.submit(_pass, config, events).result()
+        except BrokenProcessPool:
+            raise RuntimeError(f"the process of the pass over {events:,} events died, perhaps for memory") from None
+    log(f"pass over {events:,}: {measured.seconds:.3g} s, {measured.peak_rss_bytes / 2**30:.2f} GiB resident at most")
     return measured
 
 
 @torch.no_grad()
-def _pass(sender, config: BenchmarkConfig, events: int) -> None:
+def _pass(config: BenchmarkConfig, events: int) -> Pass:
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -127,4 +133,69 @@ def _pass(sender, config: BenchmarkConfig, events: int) -> None:
         start = time.perf_counter()
         tower.step(tokens_TD, torch.tensor([0, events]), times_s_T, tower.init_state(1), False)
         samples_s.append(time.perf_counter() - start)
-    sender.send((peak_memory_bytes(), samples_s[1:]))
+    return Pass(events, peak_memory_bytes(), samples_s[1:])
+
+
+def fold_ratio(folds: list[Fold]) -> float:
+    """Time of the slowest fold over that of the fastest."""
+    return max(fold.seconds for fold in folds) / min(fold.seconds for fold in folds)
+
+
+def slope(passes: list[Pass]) -> float | None:
+    """Log-log slope of a pass's time against its events."""
+    return log_log_slope((row.events, row.seconds) for row in passes)
+
+
+def judge(folds: list[Fold], passes: list[Pass], targets: StreamingTargets) -> list[Verdict]:
+    """A verdict per target that is on, and one on the sizes of states, which must be equal."""
+    sizes, longest = {fold.state_bytes for fold in folds}, passes[-1]
+    span = f"{folds[0].events:,} to {folds[-1].events:,}"
+    return [
+        *at_most(f"a new event after {span}, slowest over fastest", targets.fold_ratio, fold_ratio(folds), "x"),
+        Verdict("different sizes of a state in bytes", "1", len(sizes), len(sizes) == 1),
+        *at_most(
+            f"resident memory of a pass over {longest.events:,} events, GiB",
+            targets.pass_gib,
+            longest.peak_rss_bytes / 2**30,
+        ),
+        *between("log-log slope of a pass's time", targets.slope_min, targets.slope_max, slope(passes)),
+    ]
+
+
+def last_figures(folds: list[Fold], passes: list[Pass]) -> dict:
+    """By number of events: milliseconds of a fold, seconds and GiB of a pass."""
+    return {
+        "fold_ms": {fold.events: round(fold.seconds * 1e3, 3) for fold in folds},
+        "fold_ratio": fold_ratio(folds),
+        "state_bytes": sorted({fold.state_bytes for fold in folds}),
+        "pass_s": {row.events: round(row.seconds, 4) for row in passes},
+        "pass_peak_rss_gib": {row.events: round(row.peak_rss_bytes / 2**30, 2) for row in passes},
+        "pass_slope": slope(passes),
+    }
+
+
+def _lines(config: BenchmarkConfig, folds: list[Fold], passes: list[Pass]) -> list[str]:
+    suite = config.streaming
+    fold_rows = [(f"{fold.events:,}", f"{fold.seconds * 1e3:.2f} ms", f"{fold.state_bytes:,}") for fold in folds]
+    pass_rows = [
+        (
+            f"{row.events:,}",
+            f"{row.seconds:.3g} s",
+            f"{row.seconds / row.events * 1e6:.2f} µs",
+            f"{row.peak_rss_bytes / 2**30:.2f} GiB",
+        )
+        for row in passes
+    ]
+    return [
+        f"A fold puts a new event into one user's state, then ranks {suite.catalogue:,} items for the summary and "
+        f"takes the best {TOP_K}. Median of {suite.repetitions} rounds in which lengths take turns, "
+        f"{config.model.chunk} folds per sample.",
+        "",
+        *markdown_table(("past events", "fold and rescore", "bytes of the state"), fold_rows),
+        "",
+        f"Slowest over fastest: {fold_ratio(folds):.2f}.",
+        "",
+        f"A pass turns a whole history into a state, in its own process; median of {suite.pass_repetitions}.",
+        "",
+        *markdown_table(("events", "time", "per event", "resident memory of the process, at most"), pass_rows),
+    ]

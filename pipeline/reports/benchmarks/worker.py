@@ -1,10 +1,10 @@
-"""The process that measurements happen in. It may run out of memory or be killed: that is a cell, not the run's end.
+"""The process that measures. If it runs out of memory or is killed, the table says so and the run goes on.
 
-Memory is limited by RLIMIT_AS on a CPU (address space, so what the process has at its start comes on top) and by
-torch's per-process share on CUDA. Peak memory is counted in bytes that torch's own allocator handed out during a
-contestant's first call, above what it held before (weights and events): on a CPU from the profiler's allocation
-events, temporaries inside kernels included, on CUDA torch.cuda.max_memory_allocated. Memory that MKL or oneDNN take
-past the allocator is not in it, and neither is what the allocator keeps for later.
+Memory is limited by RLIMIT_AS on a CPU: address space, beyond what the process has at its start. On CUDA it is limited
+by torch's per-process share.
+Peak memory is the bytes that torch's own allocator hands out during a model's first call, above weights and events. On
+a CPU they come from the profiler's allocation events, with temporaries inside kernels. On CUDA they are
+torch.cuda.max_memory_allocated. Not counted: what MKL or oneDNN take for themselves, and what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from elastic_rec.pipeline.reports.benchmarks.contestants import Arena
+from elastic_rec.pipeline.reports.benchmarks.models import Setup
 from elastic_rec.pipeline.runtime.allocator import keep_freed_memory
 
 OUT_OF_MEMORY = "out of memory"
@@ -36,7 +35,7 @@ SIGNS_OF_OOM = ("can't allocate memory", "not enough memory", "out of memory", "
 class Task(NamedTuple):
     """calls = 0: the first call, watched for its memory. calls > 0: a timed sample of so many calls."""
 
-    contestant: str
+    model: str
     mode: str
     events: int
     calls: int
@@ -52,14 +51,15 @@ class Reply:
 
 
 class Worker:
-    """Parent's end. `ask` answers whatever happens to the child; a dead child is replaced."""
+    """The parent's end. `ask` answers whatever happens to the child; a dead child is replaced."""
 
-    def __init__(self, arena: Arena, *, threads: int, memory_limit_gib: float):
+    def __init__(self, setup: Setup, *, threads: int, memory_limit_gib: float):
         self._context = multiprocessing.get_context("spawn")
-        self._arguments = (arena, threads, memory_limit_gib)
+        self._arguments = (setup, threads, memory_limit_gib)
         self._start()
 
     def ask(self, task: Task, *, timeout_s: float) -> Reply:
+        """Raises RuntimeError with the child's traceback where the call itself is at fault."""
         try:
             self._pipe.send(task)
             if not self._pipe.poll(timeout_s):
@@ -74,7 +74,7 @@ class Worker:
                 return Reply(f"{OUT_OF_MEMORY} (killed)")
             return Reply(f"crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
         if isinstance(reply, str):
-            raise RuntimeError(f"{task.contestant}, {task.mode}, {task.events} events:\n{reply}")
+            raise RuntimeError(f"{task.model}, {task.mode}, {task.events} events:\n{reply}")
         return reply
 
     def describe(self) -> dict[str, Any]:
@@ -83,6 +83,7 @@ class Worker:
         return self._pipe.recv()
 
     def close(self) -> None:
+        """Ends the child at once."""
         self._process.kill()
         self._process.join()
 
@@ -90,21 +91,22 @@ class Worker:
         self._pipe, child = self._context.Pipe()
         self._process = self._context.Process(target=_serve, args=(child, *self._arguments), daemon=True)
         self._process.start()
-        child.close()  # or a dead child's end would stay open here, and recv would wait for ever
+        child.close()  # or a dead child's end would stay open here, and recv would wait forever
 
     def _replace(self) -> None:
         self.close()
         self._start()
 
 
-def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float) -> None:
+def _serve(pipe: Connection, setup: Setup, threads: int, memory_limit_gib: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if threads:
         torch.set_num_threads(threads)
     allocator = keep_freed_memory()
-    _ = arena.table_VD  # before the limit: what a call may allocate is meant
-    _limit_memory(arena.device, memory_limit_gib)
+    _ = setup.table_VD  # before the limit, which is on what a call allocates
+    _limit_memory(setup.device, memory_limit_gib)
     gc.disable()
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # or the profiler writes a line to stderr at each start and stop
     calls: dict[tuple[str, str, int], Callable[[], None]] = {}
     while True:
         try:
@@ -112,11 +114,11 @@ def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float
         except EOFError:
             return
         if task is None:
-            name = torch.cuda.get_device_name() if arena.device == "cuda" else "cpu"
+            name = torch.cuda.get_device_name() if setup.device == "cuda" else "cpu"
             pipe.send({"threads": torch.get_num_threads(), "device": name, "allocator": allocator})
             continue
         try:
-            reply = _measure(arena, task, calls)
+            reply = _measure(setup, task, calls)
         except Exception as error:
             if not _is_out_of_memory(error):
                 reply = traceback.format_exc()
@@ -124,23 +126,23 @@ def _serve(pipe: Connection, arena: Arena, threads: int, memory_limit_gib: float
                 reply = Reply(OUT_OF_MEMORY)
                 calls.pop(task[:3], None)
         gc.collect()  # after the except: the error's frames held the tensors
-        if arena.device == "cuda":
+        if setup.device == "cuda":
             torch.cuda.empty_cache()
         pipe.send(reply)
 
 
-def _measure(arena: Arena, task: Task, calls: dict[tuple[str, str, int], Callable[[], None]]) -> Reply:
+def _measure(setup: Setup, task: Task, calls: dict[tuple[str, str, int], Callable[[], None]]) -> Reply:
     if any(key[1:] != (task.mode, task.events) for key in calls):
-        calls.clear()  # a new row of the table: the old models and events are done with
-    key = (task.contestant, task.mode, task.events)
+        calls.clear()  # a new row of the table: the old models and events are no longer needed
+    key = (task.model, task.mode, task.events)
     new = key not in calls
     if new:
-        calls[key] = arena.contestant(*key)
+        calls[key] = setup.call(*key)
     if task.calls and not new:
-        return Reply("ok", _seconds(calls[key], task.calls, arena.device))
-    peak_bytes, seconds = _watched_call(calls[key], arena.device)  # also warms up, after a worker was replaced, too
-    if task.calls or seconds < 1:  # the watched call was cold; a long one hardly cares
-        seconds = _seconds(calls[key], max(1, task.calls), arena.device)
+        return Reply("ok", _seconds(calls[key], task.calls, setup.device))
+    peak_bytes, seconds = _watched_call(calls[key], setup.device)  # also warms up a worker that was replaced
+    if task.calls or seconds < 1:  # the watched call was cold; for a long one it hardly matters
+        seconds = _seconds(calls[key], max(1, task.calls), setup.device)
     return Reply("ok", seconds, peak_bytes)
 
 
@@ -163,14 +165,8 @@ def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
-    seen = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    with _quiet_stderr():
-        seen.start()
-    try:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
-    finally:  # also when memory runs out: a profiler left on would slow every later call
-        with _quiet_stderr():
-            seen.stop()
     seconds = time.perf_counter() - start
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -178,20 +174,6 @@ def _watched_call(call: Callable[[], None], device: str) -> tuple[int, float]:
         held += event.nbytes()
         peak = max(peak, held)
     return peak, seconds
-
-
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """The profiler's C++ side writes a line at each start and stop, past sys.stderr."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _limit_memory(device: str, gib: float) -> None:

@@ -7,7 +7,7 @@
     markov_frequency  sum over lags l = 1..5 of 1/l * P(item follows the l-th newest item) + weight * frequency
 
 In the last, P and frequency are shares that sum to one. Half-life and weight are fitted on validation targets. Equal
-scores are ordered by popularity, equal popularity by a hash of the id (retrieval.tie_order). Sources: the counting
+scores are ordered by popularity, equal popularity by a hash of the id (sharded_topk.tie_order). Sources: the counting
 rules of the field; the combination is ours.
 
 Legend: B users of a batch, R users of a tile, T their events end to end, V items, S (user, item) pairs of a tile with a
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.table.vocabulary import FIRST, PAD, UNKNOWN
 from elastic_rec.feature_store.utils.jagged import span_indices
 from elastic_rec.pipeline.tasks.next_item.data import NextItemData
@@ -61,7 +61,7 @@ class Tile:
         return self.owner_T * self.num_items + self.item_T
 
 
-def tiles(histories: Histories, before_B: np.ndarray, counts: TransitionCounts) -> Iterator[Tile]:
+def tiles(histories: Sequences, before_B: np.ndarray, counts: TransitionCounts) -> Iterator[Tile]:
     """The users in order, with their first before_B events each."""
     device, offsets, start = counts.counts_V.device, histories.offsets, 0
     back_BL = before_B[:, None] - 1 - np.arange(LAGS)
@@ -115,7 +115,7 @@ class Baseline(ABC):
         """The greatest is recommended first."""
 
     def rank_targets(
-        self, histories: Histories, before_B: np.ndarray, target_B: np.ndarray, *, exclude_seen: bool
+        self, histories: Sequences, before_B: np.ndarray, target_B: np.ndarray, *, exclude_seen: bool
     ) -> np.ndarray:
         """(B,) int64: 0-based rank of each user's target, given their first before_B events. Not collective.
 
@@ -170,6 +170,7 @@ class Popularity(Baseline):
     name = "popularity"
 
     def scores(self, tile: Tile) -> Scores:
+        """No pairs: all items score alike, and popularity orders them."""
         return Scores(tile.cell_T[:0], torch.zeros(0, dtype=torch.float64, device=tile.cell_T.device))
 
 
@@ -179,6 +180,7 @@ class LastItem(Baseline):
     name = "last_item"
 
     def scores(self, tile: Tile) -> Scores:
+        """Transitions from the newest item."""
         cell_S, place_S = successors(self.counts, tile, 0)
         return Scores(cell_S, self.counts.pair_count_P[place_S])
 
@@ -189,6 +191,7 @@ class Recent(Baseline):
     name = "recent"
 
     def scores(self, tile: Tile) -> Scores:
+        """1 / (1 + age) of the newest event with the item."""
         cell_S, index_T = tile.cell_T.unique(return_inverse=True)
         score_S = torch.zeros_like(cell_S, dtype=torch.float64)
         return Scores(cell_S, score_S.scatter_reduce_(0, index_T, 1 / (1 + tile.age_T.double()), "amax"))
@@ -204,6 +207,7 @@ class Frequency(Baseline):
         self.settings = {"half_life": half_life}
 
     def scores(self, tile: Tile) -> Scores:
+        """Decayed counts, as shares."""
         return Scores.summed(tile.cell_T, shares(tile, self.settings["half_life"]))
 
 
@@ -219,6 +223,7 @@ class MarkovFrequency(Baseline):
         self.share_P = counts.pair_count_P / counts.total_V[first_P]
 
     def scores(self, tile: Tile) -> Scores:
+        """Transitions of five lags, plus the weighted shares."""
         cells, values = self.markov(tile)
         own_T = self.settings["weight"] * shares(tile, self.settings["half_life"])
         return Scores.summed(torch.cat([*cells, tile.cell_T]), torch.cat([*values, own_T]))

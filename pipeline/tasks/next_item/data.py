@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 
 from elastic_rec.feature_store.batches.examples import make_prefix_batch
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.pipeline.tasks.base import Task
-from elastic_rec.pipeline.tasks.next_item.negative_sampling import FullCandidates, SampledCandidates
+from elastic_rec.pipeline.tasks.next_item.negative_sampling import make_candidates
 from elastic_rec.pipeline.tasks.scoring import ALL
 
 
@@ -38,12 +38,8 @@ class NextItemData(Task):
         return self._reader(self.config.optim.global_batch_size, shuffle=True)
 
     def _train_batches(self, reader: HistoryReader, *, epoch: int, start_batch: int) -> Iterator[PrefixBatch]:
-        loss = self.config.loss
-        if loss.softmax == "full":
-            candidates = FullCandidates(self.num_items)
-        else:
-            counts = self.store.vocabulary("item").counts
-            candidates = SampledCandidates(counts, loss, seed=self.config.run.seed)
+        items, seed = self.store.vocabulary("item"), self.config.run.seed
+        candidates = make_candidates(self.config.loss, items=items, num_items=self.num_items, seed=seed)
         first_step = epoch * reader.num_batches + start_batch
         for step, histories in enumerate(reader.epoch(epoch, start_batch=start_batch), first_step):
             for batch in self._batches(histories, "train", epoch=epoch, candidates=partial(candidates.at_step, step)):
@@ -53,36 +49,30 @@ class NextItemData(Task):
     def _counts_targets(self) -> bool:
         return self.every_position
 
-    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Histories, Iterator[PrefixBatch]]]:
+    def held_out(self, stage: str, *, batch_size: int) -> Iterator[tuple[Sequences, Iterator[PrefixBatch]]]:
         """All users once, in a fixed order, with their "valid" or "test" target (weight 0 where there is none). A batch
         of users comes in all its windows (`query_windows`). Collective."""
         for histories in self.histories(batch_size=batch_size, what=stage):
             yield histories, self._batches(histories, stage)
 
-    def histories(self, *, batch_size: int, what: str = "all users") -> Iterator[Histories]:
+    def histories(self, *, batch_size: int, what: str = "all users") -> Iterator[Sequences]:
         """All users once, in a fixed order, each rank its share of a global batch of batch_size users. what: names the
         pass where a rank is waited for. Collective."""
         for histories in self.world.pulse.pace(self._reader(batch_size, shuffle=False).epoch(0), what):
             yield self.mask_new_ids(histories)
 
-    def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Histories]:
+    def file_histories(self, file_index: int, *, batch_size: int) -> Iterator[Sequences]:
         """The users of one store file, for scoring."""
         for histories in self._reader(batch_size, shuffle=False).file_histories(file_index, batch_size):
             yield self.mask_new_ids(histories)
 
-    def score_windows(self, histories: Histories, first_B: np.ndarray | None = None) -> Iterator[PrefixBatch]:
+    def score_windows(self, histories: Sequences, first_B: np.ndarray | None = None) -> Iterator[PrefixBatch]:
         """Histories to be scored, in windows; without each user's first_B events, which a state holds. Collective."""
         return self._batches(histories, "score", first_B=first_B)
 
-    def padding_histories(self) -> Histories:
+    def padding_histories(self) -> Sequences:
         """One user without events: what a rank brings to a collective step when it has nothing left to do."""
-        return Histories(
-            rows=np.full(1, -1, dtype=np.int64),
-            offsets=np.zeros(2, dtype=np.int64),
-            columns={name: np.zeros(0, dtype=np.int64) for name in self.columns},
-            times_s=np.zeros(0, dtype=np.int64),
-            num_global_users=0,
-        )
+        return Sequences.padding(self.columns)
 
     def _reader(self, global_batch_size: int, *, shuffle: bool) -> HistoryReader:
         return HistoryReader(
@@ -96,7 +86,7 @@ class NextItemData(Task):
         )
 
     def _batches(
-        self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None, first_B: np.ndarray | None = None
+        self, histories: Sequences, stage: str, *, epoch: int = 0, candidates=None, first_B: np.ndarray | None = None
     ) -> Iterator[PrefixBatch]:
         """The batch of some histories, or its windows, of which all ranks make equally many."""
         size = self.config.data.window
@@ -109,7 +99,7 @@ class NextItemData(Task):
         for number in range(int(count)):
             yield windows.batch(number, int(count), candidates and candidates(window=number))
 
-    def _batch(self, histories: Histories, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
+    def _batch(self, histories: Sequences, stage: str, *, epoch: int = 0, candidates=None) -> PrefixBatch:
         data = self.config.data
         drawn = {"targets": data.targets, "prefixes_per_user": data.prefixes_per_user}
         return make_prefix_batch(histories, candidates=candidates, **drawn, **self._settings(stage, epoch))

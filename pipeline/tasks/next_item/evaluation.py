@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.feature_store.utils.jagged import span_indices
 from elastic_rec.pipeline.config.data import Seen
@@ -153,7 +153,7 @@ def frequent_items(task: NextItemData, min_item_count: int) -> torch.Tensor:
     return frequent_V
 
 
-def user_namer(task: NextItemData, histories: Histories) -> Callable[[int], str]:
+def user_namer(task: NextItemData, histories: Sequences) -> Callable[[int], str]:
     """Names the user of a query, for an error."""
     return lambda row: f"the row of user {task.store.user_ids(histories.rows[row : row + 1])[0].as_py()!r}"
 
@@ -166,7 +166,7 @@ def open_catalogue(model: nn.Module, world: World, candidates_V: torch.Tensor | 
     )
 
 
-def seen_pairs(histories: Histories, before_B: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def seen_pairs(histories: Sequences, before_B: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(user number in the batch, item) of each user's first before_B events."""
     owner = np.repeat(np.arange(len(before_B)), before_B)
     items = histories.columns["item"][span_indices(histories.offsets[:-1], before_B)]

@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from elastic_rec.feature_store.states.files import DamagedStates, StateFolder
 from elastic_rec.feature_store.states.increments import Increments, Span
@@ -35,11 +34,9 @@ from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.config.score import IncrementalScoreConfig
 from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
-from elastic_rec.pipeline.tasks.next_item.data import NextItemData
-from elastic_rec.pipeline.tasks.next_item.query_time import with_query_gap
-from elastic_rec.pipeline.tasks.next_item.top_k import TopKScoring
+from elastic_rec.pipeline.tasks.next_item.scoring import TopKScoring, with_query_gap
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
-from elastic_rec.pipeline.tasks.scoring import ALL
+from elastic_rec.pipeline.tasks.scoring import ALL, Part
 
 COUNTS = (
     "users", "new_users", "users_with_new_events", "late_users", "late_events", "reencoded_users", "folded_events",
@@ -52,22 +49,19 @@ class IncrementalScoring(TopKScoring):
 
     command, config_type = "incremental", IncrementalScoreConfig
 
-    def __init__(
-        self, task: NextItemData, model: nn.Module, *, step: int, fingerprint: str, config: IncrementalScoreConfig
-    ) -> None:
-        """As TopKScoring has it."""
-        super().__init__(task, model, step=step, fingerprint=fingerprint, config=config)
-        self.settings |= {"store": str(task.store.path.resolve()), "model": fingerprint}
-        self.manifest |= {"generation": task.store.version, "query_time": self.asked_s}
-        self.files = {file.bucket: file for file in task.store.files}
-        self.dtype = getattr(torch, config.state_dtype.value)
-        self.empty_1S = model.tower.init_state(1, dtype=self.dtype).to_bytes()
+    def open(self) -> dict[str, Any]:
+        """The states are of one model and store, whatever its version."""
+        settings, store = super().open(), self.task.store
+        self.manifest |= {"generation": store.version, "query_time": self.asked_s}
+        self.dtype = getattr(torch, self.config.state_dtype.value)
+        self.empty_1S = self.model.tower.init_state(1, dtype=self.dtype).to_bytes()
         self.folder = StateFolder(
-            task.store,
-            fingerprint=fingerprint,
-            dtype=config.state_dtype.value,
+            store,
+            fingerprint=self.fingerprint,
+            dtype=self.config.state_dtype.value,
             state_bytes=self.empty_1S.shape[1],
         )
+        return settings | {"store": str(store.path.resolve())}
 
     @staticmethod
     def run_config(run: TrainConfig, config: IncrementalScoreConfig) -> TrainConfig:
@@ -89,18 +83,18 @@ class IncrementalScoring(TopKScoring):
 
     def is_done(self, number: int, known: dict[str, Any]) -> bool:
         """Whether states and part reflect today's data file."""
-        return Bucket(self, self.files[number], known).is_done
+        return self.part(number, known).is_done
 
     def part(self, number: int, known: dict[str, Any] | None) -> Bucket:
         """A bucket's states and lists."""
-        return Bucket(self, self.files[number], known)
+        return Bucket(self, self.task.store.files[self.files[number]], known)
 
     def padding_step(self) -> None:
         """Steps and scores a user without events. Collective."""
-        nobody = self.task.padding_histories()
-        windows = self.task.score_windows(nobody, np.zeros(1, np.int64))
+        padding = self.task.padding_histories()
+        windows = self.task.score_windows(padding, np.zeros(1, np.int64))
         query_AD, _ = self._step(windows, np.full(1, -1), self.model.tower.init_state(1, dtype=self.dtype))
-        self.recommend(query_AD, nobody)
+        self.recommend(query_AD, padding)
 
     def fold(self, span: Span, states_US: np.ndarray) -> torch.Tensor:
         """Steps the active users' states over their new events, in place; their queries (A, D). Collective."""
@@ -138,16 +132,17 @@ class IncrementalScoring(TopKScoring):
             **{name: counts[name] for name in COUNTS},
             "users": sum(rows.values()),
             "store_events": store.num_events,
-            "store_bytes": sum(entry["bytes"] for entry in store.manifest["files"]),
+            "store_bytes": sum(entry.bytes for entry in store.manifest.files),
             "bytes_per_state": self.folder.state_bytes,
         }
 
 
-class Bucket:
+class Bucket(Part):
     """One bucket's way from old states and an old part to new ones."""
 
     def __init__(self, scoring: IncrementalScoring, file: StoreFile, was: dict[str, Any] | None) -> None:
         """was: what is known of its part, None where there is no whole one of this job."""
+        super().__init__()
         self.scoring, self.file = scoring, file
         self.states, self.damage = None, None
         try:

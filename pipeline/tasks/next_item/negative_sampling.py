@@ -7,8 +7,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from elastic_rec.feature_store.table.vocabulary import FIRST
+from elastic_rec.feature_store.batches.examples import CandidateSampler
+from elastic_rec.feature_store.table.vocabulary import FIRST, Vocabulary
 from elastic_rec.pipeline.config.train import LossConfig
+
+
+def make_candidates(
+    loss: LossConfig, *, items: Vocabulary, num_items: int, seed: int
+) -> FullCandidates | SampledCandidates:
+    """What loss.softmax names. num_items: rows of the item table."""
+    return FullCandidates(num_items) if loss.softmax == "full" else SampledCandidates(items.counts, loss, seed=seed)
 
 
 class FullCandidates:
@@ -18,7 +26,8 @@ class FullCandidates:
         self.ids = np.arange(FIRST, num_items, dtype=np.int64)
         self.log_q = np.zeros(len(self.ids), dtype=np.float32)
 
-    def at_step(self, step: int, window: int = 0):
+    def at_step(self, step: int, window: int = 0) -> CandidateSampler:
+        """The same at every step: (ids (V,), zeros (V,))."""
         return lambda targets, weights: (self.ids, self.log_q)
 
 
@@ -39,7 +48,8 @@ class SampledCandidates:
         self.num_negatives = config.num_negatives
         self.seed = seed
 
-    def at_step(self, step: int, window: int = 0):
+    def at_step(self, step: int, window: int = 0) -> CandidateSampler:
+        """(targets (R,), weights (R,)) -> (ids (S + R,) int64, log_q (S + R,) float32) of this step and window."""
         draws = np.random.default_rng([self.seed, step, window]).random(self.num_negatives)
         negatives = np.searchsorted(self.cumulative, draws, side="right").clip(FIRST, len(self.cumulative) - 1)
 

@@ -149,6 +149,7 @@ class ScoreWatch:
         self.extremes: list[torch.Tensor] = []
 
     def look(self, score_QC: torch.Tensor) -> None:
+        """Keeps the extremes of a tile."""
         if self.is_needed:
             self.extremes.append(torch.stack(torch.aminmax(score_QC)))  # a NaN goes into both
 
@@ -205,7 +206,7 @@ def from_sort_key(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Gathered:
-    """A tensor's rows from all ranks, one stretch of equal length per rank (padded to the longest)."""
+    """A tensor's rows from all ranks, equally many per rank (padded to the most)."""
 
     def __init__(self, value_RD: torch.Tensor, world: World) -> None:
         self.world = world

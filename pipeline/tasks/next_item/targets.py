@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from elastic_rec.feature_store.batches.examples import targets_at
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import SplitConfig, SplitKind, split_bounds
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN
 from elastic_rec.feature_store.utils.jagged import span_indices
@@ -43,18 +43,19 @@ class HeldOut(NamedTuple):
 
     @property
     def num_unknown(self) -> int:
+        """Targets that the run has no row for."""
         return int((self.item == UNKNOWN).sum())
 
 
-def held_out_targets(histories: Histories, split: SplitConfig, stage: str) -> HeldOut:
-    """stage: valid or test. histories: the run's ids, newer ones as UNKNOWN (task.known)."""
+def held_out_targets(histories: Sequences, split: SplitConfig, stage: str) -> HeldOut:
+    """stage: valid or test. histories: the run's ids, newer ones as UNKNOWN (task.mask_new_ids)."""
     place_B = getattr(split_bounds(split, histories), stage)
     before_B = place_B.clip(min=0)
     item_B, _ = targets_at(histories, np.where(place_B >= 0, histories.offsets[:-1] + place_B, -1))
     return HeldOut(before_B, item_B, target_kinds(histories, before_B, item_B), item_B > UNKNOWN)
 
 
-def target_kinds(histories: Histories, before_B: np.ndarray, target_B: np.ndarray) -> np.ndarray:
+def target_kinds(histories: Sequences, before_B: np.ndarray, target_B: np.ndarray) -> np.ndarray:
     """(B,) index into KINDS of each user's target, given the user's first before_B events."""
     begins = histories.offsets[:-1]
     owner = np.repeat(np.arange(len(before_B)), before_B)
@@ -66,7 +67,7 @@ def target_kinds(histories: Histories, before_B: np.ndarray, target_B: np.ndarra
     return np.where(newest_B < 0, KINDS.index("new"), kinds_B)
 
 
-def is_repeat(histories: Histories) -> np.ndarray:
+def is_repeat(histories: Sequences) -> np.ndarray:
     """(T,) whether the event's item occurs earlier in its user's history."""
     items = histories.columns["item"]
     owner = np.repeat(np.arange(len(histories.rows)), np.diff(histories.offsets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from elastic_rec.pipeline.config.evaluate import EvaluateConfig
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.tasks.next_item.baselines import fit_baselines
 from elastic_rec.pipeline.tasks.next_item.data import NextItemData
-from elastic_rec.pipeline.tasks.next_item.evaluation import below_baseline, evaluate, measure_baselines
-from elastic_rec.pipeline.tasks.next_item.full_scoring import FullScoring
+from elastic_rec.pipeline.tasks.next_item.evaluation import evaluate, measure_baselines
 from elastic_rec.pipeline.tasks.next_item.incremental_scoring import IncrementalScoring
-from elastic_rec.pipeline.tasks.next_item.targets import require_targets, resolve_seen, survey
+from elastic_rec.pipeline.tasks.next_item.scoring import FullScoring
+from elastic_rec.pipeline.tasks.next_item.targets import Survey, require_targets, resolve_seen, survey
 from elastic_rec.pipeline.tasks.next_item.validation import NextItemValidation, warn_below, warn_of_misses
 
 
@@ -28,6 +29,11 @@ class NextItemTask(NextItemData):
     evaluate_keys = ("seen", "min_item_count")
     scorings = (FullScoring, IncrementalScoring)
 
+    @cached_property
+    def survey(self) -> Survey:
+        """Counts over the store; made once. Collective."""
+        return survey(self)
+
     def prepare(self) -> None:
         """Refuses stages without targets, and puts what data.seen=auto comes to into the config. A run that goes on
         keeps its policy, and its store has been looked at."""
@@ -35,9 +41,8 @@ class NextItemTask(NextItemData):
         is_begun = run.resume and (Path(run.dir) / "config.yaml").exists()
         if is_begun and data.seen is not Seen.auto:
             return
-        found = survey(self)
-        require_targets(self, found, ["train", "valid"])
-        data.seen = resolve_seen(self, data.seen, found)
+        require_targets(self, self.survey, ["train", "valid"])
+        data.seen = resolve_seen(self, data.seen, self.survey)
 
     def _model(self, **settings: Any) -> RetrievalModel:
         return RetrievalModel(
@@ -60,11 +65,10 @@ class NextItemTask(NextItemData):
                 f"version {now} of {trained_on.store} is earlier than the run's, {last}: with data.split.kind="
                 f"leave_one_out its targets are among the events the run was trained on; set version={last} or later"
             )
-        self.survey = survey(self)
         require_targets(self, self.survey, [config.stage])
 
     def evaluate(self, model: nn.Module, config: EvaluateConfig) -> dict[str, Any]:
-        """Of each held-out item among the whole catalogue, and of counting baselines. After require_evaluable."""
+        """Of each held-out item among the whole catalogue, and of counting baselines. Collective."""
         seen = resolve_seen(self, config.seen or self.config.data.seen, self.survey)
         settings = {"stage": config.stage, "k": config.k, "length_edges": config.length_edges}
         settings |= {"batch_size": config.batch_size, "seen": seen}
@@ -72,7 +76,4 @@ class NextItemTask(NextItemData):
         warn_of_misses(self, figures)
         baselines = fit_baselines(self, batch_size=config.batch_size, exclude_seen=seen is Seen.exclude)
         found = measure_baselines(self, baselines, **settings)
-        below = below_baseline(figures[self.metric], found, self.metric)
-        if below:
-            warn_below(self, figures[self.metric], below, found[below])
-        return {**figures, "baselines": found, "below_baseline": below}
+        return {**figures, "baselines": found, "below_baseline": warn_below(self, figures[self.metric], found)}

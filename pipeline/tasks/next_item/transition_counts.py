@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import split_bounds
 from elastic_rec.feature_store.table.vocabulary import FIRST
 from elastic_rec.pipeline.runtime.world import World, of_each_rank
@@ -63,12 +63,14 @@ class PairCounter:
         self._num_waiting = 0
 
     def add(self, keys: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Counts each key once, or `counts` times."""
         self._waiting.append((keys, np.ones(len(keys), np.int64) if counts is None else counts))
         self._num_waiting += len(keys)
         if self._num_waiting >= MERGE_AT:
             self.merge()
 
     def merge(self) -> None:
+        """Puts what was added into keys and counts, and drops the rarest pairs above max_pairs."""
         parts = [(self.keys, self.counts), *self._waiting]
         keys, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
         self.keys, index = np.unique(keys, return_inverse=True)
@@ -111,7 +113,7 @@ def count_transitions(task: NextItemData, *, batch_size: int, max_pairs: int = M
     )
 
 
-def training_items(task: NextItemData, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+def training_items(task: NextItemData, histories: Sequences) -> tuple[np.ndarray, np.ndarray]:
     """(items of the training events end to end, whether each has a training event of the same user before it)."""
     train_end_B = split_bounds(task.config.data.split, histories).train_end
     owner = np.repeat(np.arange(len(train_end_B)), np.diff(histories.offsets))

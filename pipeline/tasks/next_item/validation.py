@@ -45,9 +45,7 @@ class NextItemValidation(Validation):
         """The baselines, and the name of the best of them where `best`, the run's metric, is below it. Collective."""
         task = self.task
         baselines = (self._known() if self.baselines is None else self.baselines) or {}  # a finished run validates none
-        below = below_baseline(best, baselines, task.metric)
-        if below:
-            warn_below(task, best, below, baselines[below])
+        below = warn_below(task, best, baselines)
         shown = {name: {key: figures[key] for key in SHOWN} for name, figures in baselines.items()}
         return {"seen": task.config.data.seen.value, "baselines": shown, "below_baseline": below}
 
@@ -78,12 +76,15 @@ class NextItemValidation(Validation):
         return figures
 
 
-def warn_below(task: NextItemData, value: float, name: str, figures: dict[str, Any]) -> None:
-    """Says that the model's value of the metric is less than a baseline's."""
-    task.world.log(
-        f"warning: {task.metric} {value:.4f} is below that of the counting baseline {name!r}, "
-        f"{figures[task.metric]:.4f}: a model that does not beat counting is not worth serving"
-    )
+def warn_below(task: NextItemData, value: float | None, baselines: dict[str, dict[str, Any]]) -> str | None:
+    """As below_baseline, and says so."""
+    below = below_baseline(value, baselines, task.metric)
+    if below:
+        task.world.log(
+            f"warning: {task.metric} {value:.4f} is below that of the counting baseline {below!r}, "
+            f"{baselines[below][task.metric]:.4f}: a model that does not beat counting is not worth serving"
+        )
+    return below
 
 
 def warn_of_misses(task: NextItemData, figures: dict[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from elastic_rec.pipeline.tasks.base import Task
 
 @dataclass
 class RankingBatch(ImpressionBatch):
-    """An ImpressionBatch as a model takes it: a sharded lookup needs a row, so an empty bag follows item_context."""
+    """An ImpressionBatch as a model takes it: sharded lookups need a row, so an empty bag comes after item_context."""
 
     is_last_window = True
 
@@ -63,7 +63,7 @@ class RankingData(Task):
     @property
     def store_hash(self) -> str:
         """Of the histories and of the impressions beside them."""
-        return super().store_hash + self.table.manifest["hash"]
+        return super().store_hash + self.table.manifest.hash
 
     def vocabulary(self, name: str) -> Vocabulary:
         """Of an event column, or of a context column of impressions or items."""
@@ -118,7 +118,7 @@ class RankingData(Task):
         return replace(
             impressions,
             histories=self.mask_new_ids(impressions.histories),
-            candidates=self._mask("item", impressions.candidates),
+            candidates=bags({"item": impressions.candidates})["item"],
             context=bags(impressions.context),
             item_context=bags(impressions.item_context),
         )

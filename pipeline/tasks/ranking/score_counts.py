@@ -37,7 +37,7 @@ class ScoreCounts:
             self._settle()
 
     def merge(self, code_N: np.ndarray, count_N: np.ndarray, bits: int) -> None:
-        """Adds what somebody else has counted."""
+        """Adds what another has counted."""
         mine_N, self.bits, before = self.code_N, max(bits, self.bits), self.bits
         code_N = np.concatenate([_drop(mine_N, self.bits - before), _drop(code_N, self.bits - bits)])
         self.code_N, self.count_N = _sums(code_N, np.concatenate([self.count_N, count_N]))

@@ -16,14 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import nn
 
 from elastic_rec.feature_store.batches.impression_batch import Impressions
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
@@ -31,7 +29,6 @@ from elastic_rec.feature_store.ingestion.sources import cast_ids
 from elastic_rec.feature_store.reading.impression_groups import count_before
 from elastic_rec.feature_store.reading.lookup import HistoryLookup, bucket_of
 from elastic_rec.feature_store.table.location import Location
-from elastic_rec.feature_store.table.schema import UNITS_PER_SECOND
 from elastic_rec.feature_store.table.vocabulary import UNKNOWN, Vocabulary
 from elastic_rec.feature_store.utils.arrow import flat_bags, is_list
 from elastic_rec.feature_store.utils.errors import DataError
@@ -44,7 +41,7 @@ from elastic_rec.pipeline.runtime.world import World
 from elastic_rec.pipeline.tasks.ranking.candidate_times import read_times
 from elastic_rec.pipeline.tasks.ranking.data import RankingBatch, RankingData
 from elastic_rec.pipeline.tasks.score_folder import ScoreFolder
-from elastic_rec.pipeline.tasks.scoring import ALL, Scoring
+from elastic_rec.pipeline.tasks.scoring import ALL, Part, Scoring
 
 MOST_PARTS = 100_000  # part-00000 to part-99999
 
@@ -64,28 +61,22 @@ class RankingScoring(Scoring):
 
     command, config_type = "ranking", RankingScoreConfig
 
-    def __init__(
-        self, task: RankingData, model: nn.Module, *, step: int, fingerprint: str, config: RankingScoreConfig
-    ) -> None:
-        """Raises ConfigError for candidates that cannot be read."""
-        self.task, self.model, self.config = task, model, config
+    def open(self) -> dict[str, Any]:
+        """Finds the rows of each part. Raises ConfigError for candidates that cannot be read."""
+        task, config = self.task, self.config
         files, ranges = _plan(task, config)
         self.ranges = {rows.number: rows for rows in ranges}
         self.lookup = HistoryLookup(task.store, columns=task.columns)
-        self.numbers = list(self.ranges)
-        self.settings = {
+        self.numbers, self.manifest = list(self.ranges), {"labels": task.table.labels}
+        return {
             "task": "ranking",
-            "run": str(Path(config.run).resolve()),
-            "step": step,
-            "store": task.store.manifest["hash"],
-            "impressions": task.table.manifest["hash"],
+            "store": task.store.manifest.hash,
+            "impressions": task.table.manifest.hash,
             "max_history": task.config.data.max_history,
             "candidates": _described(files, task.world),
             "part_rows": config.part_rows,
             "timestamp_unit": config.timestamp_unit.value,
-            "model": fingerprint,
         }
-        self.manifest = {"labels": task.table.labels}
 
     @staticmethod
     def run_config(run: TrainConfig, config: RankingScoreConfig) -> TrainConfig:
@@ -159,7 +150,7 @@ def _described(files: list[list], world: World) -> list[list]:
 
 
 @dataclass
-class Requests:
+class Requests(Part):
     """The rows of a part, N of them, C candidates. users: the distinct ones, by bucket and id; user_N: index into them.
     time_N: None, or the moment asked for, in the store's unit. score_CL: filled in by `score`, in the input's order."""
 
@@ -186,14 +177,14 @@ class Requests:
         if missing := table["item_id"].null_count:
             raise ConfigError(f"{where}: {missing} rows without item_id; leave them out")
         lengths, items = flat_bags(table["item_id"])
-        types = {name: about["type"] for name, about in task.store.manifest["vocabularies"].items()}
+        types = {name: about.type for name, about in task.store.manifest.vocabularies.items()}
         items = cast_ids(items, types["item"], where=f"{where}: item_id")
         users = cast_ids(table["user_id"].combine_chunks(), types["user"], where=f"{where}: user_id")
         encoded = users.dictionary_encode()
         users = encoded.dictionary.to_pylist()
         if encoded.null_count:
             raise ConfigError(f"{where}: user_id has nulls; leave such rows out")
-        num_buckets = task.store.manifest["num_buckets"]
+        num_buckets = task.store.manifest.num_buckets
         order = sorted(range(len(users)), key=lambda u: (bucket_of(users[u], num_buckets), users[u]))
         place = np.empty(len(users), np.int64)
         place[order] = np.arange(len(users))
@@ -227,29 +218,28 @@ class Requests:
         first_user = int(self.user_N[chosen[0]])
         group = self.user_N[chosen] - first_user
         is_first = np.append(True, group[1:] != group[:-1])
-        found = lookup.users(self.users[first_user : first_user + int(group[-1]) + 1])
+        found = lookup.histories(self.users[first_user : first_user + int(group[-1]) + 1])
         ends, times = found.offsets[group + 1], np.zeros(len(group), np.int64)
         if self.time_N is not None:
             times = self.time_N[chosen]
-            ends = np.maximum(count_before(found, group, times), found.offsets[group])
+            ends = count_before(found, group, times)
         starts = np.maximum(found.offsets[group], ends - task.config.data.max_history)
         self.num_cold += int((starts == ends).sum())
         first_B, last_B = np.minimum.reduceat(starts, np.flatnonzero(is_first)), found.offsets[:-1].copy()
         np.maximum.at(last_B, group, ends)
-        seen = found.stretches(np.arange(len(found.rows)), first_B, last_B)
-        shift, units_per_second = seen.offsets[:-1] - first_B, UNITS_PER_SECOND[task.store.time_unit]
+        seen = found.spans(first_B, last_B)
+        shift = seen.offsets[:-1] - first_B
         candidates = self.candidates.take(chosen)
         impressions = Impressions(
-            histories=seen.histories(units_per_second, num_global_users=len(found.rows)),
+            histories=seen,
             group=group,
             starts=starts + shift[group],
             ends=ends + shift[group],
-            times_s=times // units_per_second,
+            times=times,
             rows=chosen,
             owners=group,
             owner_candidates=np.zeros_like(group),
-            candidate_offsets=candidates.offsets,
-            candidates=candidates.values,
+            candidates=candidates,
             labels=np.full((len(candidates.values), len(task.table.labels)), np.nan, np.float32),
             context={name: bags.take(chosen) for name, bags in self.context.items()},
             item_context={name: bags.take(candidates.values) for name, bags in task.table.item_bags.items()},

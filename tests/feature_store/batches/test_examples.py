@@ -7,23 +7,23 @@ import pytest
 import torch
 
 from elastic_rec.feature_store.batches.examples import NUM_GAP_BUCKETS, gap_buckets, make_prefix_batch
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import SplitConfig, Targets, split_bounds
 
 LOO = SplitConfig()
 BY_TIME = SplitConfig(kind="global_time", valid_time="1500", test_time="2200")
 
 
-def random_histories(*, seed: int = 0, lengths=(0, 1, 2, 3, 4, 7, 64, 129, 5, 30), first_row: int = 100) -> Histories:
+def random_histories(*, seed: int = 0, lengths=(0, 1, 2, 3, 4, 7, 64, 129, 5, 30), first_row: int = 100) -> Sequences:
     rng = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     times = np.concatenate([np.sort(rng.integers(0, 3000, n)) for n in lengths]).astype(np.int64)
     columns = {"item": rng.integers(2, 50, offsets[-1]), "action": rng.integers(1, 5, offsets[-1])}
-    return Histories(np.arange(len(lengths)) + first_row, offsets, columns, times, len(lengths))
+    return Sequences(np.arange(len(lengths)) + first_row, offsets, times, columns, num_global_rows=len(lengths))
 
 
-def make(histories: Histories, **settings) -> PrefixBatch:
+def make(histories: Sequences, **settings) -> PrefixBatch:
     base = {"split": LOO, "stage": "train", "max_history": 20, "seed": 5, "epoch": 2, "world_size": 1}
     base |= {"targets": Targets.sampled, "prefixes_per_user": 3}
     return make_prefix_batch(histories, **(base | settings))
@@ -112,33 +112,33 @@ def test_targets_spread_over_history_and_change_with_epoch():
     assert not np.array_equal(make(h, seed=6).targets, make(h, seed=5).targets)
 
 
-def test_cuts_do_not_depend_on_the_batch_a_user_is_in():
+def test_sampled_targets_do_not_depend_on_the_batch_a_user_is_in():
     """Any sub-batch, any order, another world size: the same rows with the same content per user."""
     h = random_histories()
     whole = rows_of(make(h))
     for users in ([0, 2, 4, 6, 8], [9, 3], [7]):
         lengths = np.diff(h.offsets)[users]
         index = np.concatenate([np.arange(h.offsets[u], h.offsets[u + 1]) for u in users])
-        part = Histories(
+        part = Sequences(
             h.rows[users],
             np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            h.times[index],
             {name: values[index] for name, values in h.columns.items()},
-            h.times_s[index],
-            h.num_global_users,
+            num_global_rows=h.num_global_rows,
         )
         batch = make(part, world_size=2)
         assert rows_of(batch) == [whole[u * 3 + j] for u in users for j in range(3)]
         assert float(batch.normaliser) == 15.0
 
 
-def with_changed_events(h: Histories, at: np.ndarray, *, later_s: int) -> Histories:
+def with_changed_events(h: Sequences, at: np.ndarray, *, later_s: int) -> Sequences:
     """Events `at` get another item, another action, and a later time."""
     columns = {name: values.copy() for name, values in h.columns.items()}
     for values in columns.values():
         values[at] += np.random.default_rng(1).integers(1, 40, len(at))
-    times_s = h.times_s.copy()
-    times_s[at] += later_s
-    return replace(h, columns=columns, times_s=times_s)
+    times = h.times.copy()
+    times[at] += later_s
+    return replace(h, columns=columns, times=times)
 
 
 def differing_fields(a: PrefixBatch, b: PrefixBatch) -> set[str]:
@@ -214,11 +214,11 @@ def test_held_out_events_never_reach_training(split):
 
 def test_gap_buckets():
     times = np.array([100, 100, 101, 104, 111, 10**9, 5, 5 + 2**50, 7])
-    h = Histories(np.arange(4), np.array([0, 6, 6, 8, 9]), {"item": np.full(9, 2)}, times, 4)
+    h = Sequences(np.arange(4), np.array([0, 6, 6, 8, 9]), times, {"item": np.full(9, 2)})
     assert gap_buckets(h).tolist() == [0, 1, 2, 3, 4, 30, 0, NUM_GAP_BUCKETS - 1, 0]
     for bits in range(1, 38):  # exact at powers of two
         for gap, want in ((2**bits - 2, bits), (2**bits - 1, bits + 1)):
-            h = Histories(np.arange(1), np.array([0, 2]), {}, np.array([9, 9 + gap]), 1)
+            h = Sequences(np.arange(1), np.array([0, 2]), np.array([9, 9 + gap]), {})
             assert gap_buckets(h)[1] == want
 
 
@@ -235,9 +235,7 @@ def test_unknown_targets_and_padding_users_weigh_nothing():
     items[4] = 1
     batch = make(replace(h, columns={**h.columns, "item": items}), stage="test")
     assert batch.weights.tolist() == [0.0, 1.0]
-    padding = Histories(
-        np.array([-1]), np.zeros(2, np.int64), {"item": np.zeros(0, np.int64)}, np.zeros(0, np.int64), 5
-    )
+    padding = replace(Sequences.padding(["item"]), num_global_rows=5)
     for stage, rows in (("train", 3), ("valid", 1), ("test", 1), ("score", 1)):
         batch = make(padding, stage=stage, world_size=2)
         assert batch.weights.tolist() == [0.0] * rows and batch.rows.tolist() == [-1] * rows
@@ -304,18 +302,18 @@ def test_windows_of_long_histories_move_with_the_epoch_and_not_with_the_ranks():
     assert starts[0] != starts[1] != starts[2]
     cut = h.offsets[20]
     columns = {name: values[cut:] for name, values in h.columns.items()}
-    half = Histories(h.rows[20:], h.offsets[20:] - cut, columns, h.times_s[cut:], 40)
+    half = Sequences(h.rows[20:], h.offsets[20:] - cut, h.times[cut:], columns, num_global_rows=40)
     batch = make(half, targets=Targets.every_event, max_history=10, epoch=1, world_size=2)
     assert batch.times_s[batch.starts].tolist() == starts[1][20:]
 
 
 def test_held_out_events_change_nothing_in_every_position_training():
     h = random_histories()
-    changed = replace(h, columns={name: values.copy() for name, values in h.columns.items()}, times_s=h.times_s.copy())
+    changed = replace(h, columns={name: values.copy() for name, values in h.columns.items()}, times=h.times.copy())
     for end, n in zip(h.offsets[1:], np.diff(h.offsets), strict=True):
         for back in range(1, min(2, n) + 1):
             changed.columns["item"][end - back] = 49 - changed.columns["item"][end - back]
-            changed.times_s[end - back] += 7
+            changed.times[end - back] += 7
     one, other = make(h, targets=Targets.every_event), make(changed, targets=Targets.every_event)
     assert torch.equal(one.features.values(), other.features.values())
     assert torch.equal(one.targets, other.targets) and torch.equal(one.times_s, other.times_s)

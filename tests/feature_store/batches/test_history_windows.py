@@ -9,13 +9,13 @@ import pytest
 import torch
 from test_examples import BY_TIME, LOO, make, random_histories
 
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows
 
 
-def cut(histories: Histories, *, size: int, stage: str, split=LOO, max_history: int = 60) -> HistoryWindows:
+def cut(histories: Sequences, *, size: int, stage: str, split=LOO, max_history: int = 60) -> HistoryWindows:
     return HistoryWindows(
         histories, size=size, split=split, stage=stage, max_history=max_history, seed=5, epoch=2, world_size=1
     )

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import SplitConfig, SplitKind, split_bounds
 from elastic_rec.feature_store.table.times import parse_time_s
 
 
-def histories_of(times: list[list[int]]) -> Histories:
+def histories_of(times: list[list[int]]) -> Sequences:
     lengths = [len(t) for t in times]
     flat = np.array([t for user in times for t in user], np.int64)
     items = np.arange(len(flat)) + 2
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Histories(np.arange(len(times)), offsets, {"item": items}, flat, len(times))
+    return Sequences(np.arange(len(times)), offsets, flat, {"item": items})
 
 
 def bounds(config: SplitConfig, times: list[list[int]]) -> list[tuple[int, int, int]]:
@@ -64,7 +64,7 @@ def test_times_as_dates_or_seconds():
         ({"kind": "global_time", "valid_time": "20", "test_time": "10"}, "valid_time=20 must be before test_time=10"),
         ({"kind": "global_time", "valid_time": "soon", "test_time": "10"}, "time 'soon': give an ISO date"),
         ({"valid_time": "10"}, "no effect on leave_one_out"),
-        ({"kind": "random"}, "'random' is not a valid SplitKind"),
+        ({"kind": "random"}, "data.split.kind=random: set leave_one_out or global_time"),
     ],
 )
 def test_settings_that_make_no_sense(settings, match):

@@ -33,11 +33,11 @@ def test_planted_impressions_are_known_by_their_history_only(tmp_path):
     raw_ids = np.array(store.vocabulary("item").decode(np.arange(store.vocabulary("item").size)).fill_null(0))
     clicks, last_interest, click_rate = [], [], {}
     for b in read(store, ["item"]):
-        assert np.all(np.diff(b.candidate_offsets) == 10)
+        assert np.all(b.candidates.lengths == 10)
         click, kindred = b.labels.T.reshape(2, -1, 10)
         assert np.all(click <= kindred)
         assert np.all(b.ends > b.starts), "an impression always has an event before it"
-        candidates = raw_ids[b.candidates].reshape(-1, 10)
+        candidates = raw_ids[b.candidates.values].reshape(-1, 10)
         newest = raw_ids[b.histories.columns["item"][b.ends - 1]]
         is_clicked = click.sum(axis=1) > 0
         last_interest += (world.interest_V1[newest][:, None] == world.interest_V1[candidates])[is_clicked].tolist()
@@ -73,7 +73,7 @@ def test_movielens_as_ranking(tmp_path):
         for v in range(len(b.histories.rows)):
             rows = np.flatnonzero(b.group == v)
             order = rows[np.argsort(b.times_s[rows], kind="stable")]
-            spans = [b.candidates[b.candidate_offsets[i] : b.candidate_offsets[i + 1]] for i in order]
+            spans = [b.candidates.take(np.array([i])).values for i in order]
             before = np.concatenate([[0], np.cumsum([len(s) for s in spans])])
             assert (b.ends[order] - b.starts[order]).tolist() == before[:-1].tolist()
             events_seen = b.histories.columns["item"][b.histories.offsets[v] : b.histories.offsets[v + 1]]

@@ -1,5 +1,6 @@
 """Daily appends: value for value one ingest of everything; ids that stay; what is refused; versions of one store."""
 
+import json
 import os
 import shutil
 import time
@@ -19,7 +20,7 @@ from feature_store_reference import (
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
-from elastic_rec.feature_store.table.manifest import write_manifest
+from elastic_rec.feature_store.table.manifest import content_hash
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.versions import restore, vacuum, writing
 from elastic_rec.feature_store.utils.errors import DataError
@@ -80,26 +81,26 @@ def test_ten_appends_and_a_vacuum_equal_one_ingest(tmp_path, strings, event_id):
         assert (figures["version"], figures["events"]) == (number, Store.open(store.path).num_events)
     assert duplicates == (60 if event_id else 0)
     whole = make_store(tmp_path / "whole", sent, context_columns=CONTEXT, event_id_column=event_id)
-    before = Store.open(store.path).manifest["hash"]
+    before = Store.open(store.path).manifest.hash
     figures = clean(store)
     grown = Store.open(store.path)
-    assert figures["kept_versions"] == [10] and grown.manifest["hash"] == before
+    assert figures["kept_versions"] == [10] and grown.manifest.hash == before
     grown.verify()
     want = reference_histories(everything, event_id=event_id is not None)
     assert histories(grown) == histories(whole) == pick(want, NAMES)
     # Row groups, users, times: all that does not depend on item indices is the same file by file.
     keys = ("num_users", "num_events", "row_groups", "min_time", "max_time")
-    assert [[f[k] for k in keys] for f in grown.manifest["files"]] == [
-        [f[k] for k in keys] for f in whole.manifest["files"]
+    assert [[getattr(f, k) for k in keys] for f in grown.manifest.files] == [
+        [getattr(f, k) for k in keys] for f in whole.manifest.files
     ]
-    assert grown.manifest["filters"] == whole.manifest["filters"]
+    assert grown.manifest.filters == whole.manifest.filters
     for column in ("user", "item", *CONTEXT):
         a, b = grown.vocabulary(column), whole.vocabulary(column)
         assert dict(zip(a.ids.to_pylist(), a.counts[2:], strict=True)) == dict(
             zip(b.ids.to_pylist(), b.counts[2:], strict=True)
         )
     on_disk = {file.below(store.path) for file in store.path.files()}
-    named = {e["path"] for e in [*grown.manifest["files"], *grown.manifest["vocabularies"].values()]}
+    named = {e.path for e in grown.manifest.named_files()}
     assert on_disk == named | {"manifest.json", "manifest-000010.json"}
 
 
@@ -127,10 +128,10 @@ def test_untouched_buckets_are_shared_and_the_cost_is_told(tmp_path):
     grown = Store.open(store.path)
     paths = [[f.path.name for f in s.files] for s in (store, grown)]
     assert [i for i, (a, b) in enumerate(zip(*paths, strict=True)) if a != b] == [0, 3]
-    rewritten = [grown.manifest["files"][i] for i in (0, 3)]
+    rewritten = [grown.manifest.files[i] for i in (0, 3)]
     assert figures["rewritten_files"] == 2
-    share = 3 / sum(f["num_events"] for f in rewritten)
-    assert figures["appended_bytes"] == round(share * sum(f["bytes"] for f in rewritten))
+    share = 3 / sum(f.num_events for f in rewritten)
+    assert figures["appended_bytes"] == round(share * sum(f.bytes for f in rewritten))
     assert figures["write_amplification"] == pytest.approx(figures["written_bytes"] / figures["appended_bytes"], 0.01)
 
 
@@ -247,10 +248,10 @@ def test_restore_and_on_from_there(tmp_path):
     events = random_events(800)
     store = make_store(tmp_path, events[:200])
     days = [write_events(tmp_path / f"{n}.csv", events[200 * n : 200 * n + 200]) for n in (1, 2, 3)]
-    hashes = [store.manifest["hash"]] + [add(store, day)["hash"] for day in days[:2]]
+    hashes = [store.manifest.hash] + [add(store, day)["hash"] for day in days[:2]]
     figures = back(store, 1)
     assert (figures["was"], figures["version"], figures["hash"]) == (2, 1, hashes[1])
-    assert Store.open(store.path).manifest["hash"] == hashes[1]
+    assert Store.open(store.path).manifest.hash == hashes[1]
     back(store, 0)
     assert histories(Store.open(store.path), NAMES[:2]) == pick(reference_histories(events[:200]), NAMES[:2])
     back(store, 1)
@@ -301,8 +302,10 @@ def test_one_writer_at_a_time(tmp_path):
 
 def test_stores_from_before_appends_still_open_but_do_not_grow(tmp_path):
     store = make_store(tmp_path, random_events(100))
-    old = {k: v for k, v in store.manifest.items() if k not in ("generation", "row_group_events")}
-    write_manifest(store.path / "manifest.json", old)
+    path = store.path / "manifest.json"
+    old = json.loads(path.read_bytes())
+    del old["generation"], old["row_group_events"]
+    path.replace(json.dumps({**old, "hash": content_hash(old)}).encode())
     assert Store.open(store.path).version == Store.open(store.path, version=0).version == 0
     with pytest.raises(DataError, match="written before appends"):
         add(store, write_events(tmp_path / "d.csv", random_events(5)))
@@ -313,7 +316,7 @@ def test_create_drops_duplicates_by_event_id_and_counts_them(tmp_path):
     again = [{**e, "item": 99} for e in events[10:40]]  # of equals the first one stays, whatever the rest says
     store = make_store(tmp_path, events + again, event_id_column="event_id", context_columns=["action"])
     assert histories(store, NAMES[:3]) == pick(reference_histories(events, event_id=True), NAMES[:3])
-    assert store.manifest["filters"]["dropped_duplicates"] == 30
+    assert store.manifest.filters["dropped_duplicates"] == 30
     counts = Counter(e["item"] for e in events)
     vocabulary = store.vocabulary("item")
     assert dict(zip(vocabulary.ids.to_pylist(), vocabulary.counts[2:], strict=True)) == counts

@@ -137,7 +137,7 @@ def kill_append(forker, day, folder, **moment) -> tuple[int, bool]:
     assert read(path) == after
     kept = {p.name.split("-")[0] for p in path.iterdir()}
     assert kept <= {"manifest.json", "manifest", "vocab", "bucket=0000", "bucket=0001"}, kept
-    named = sum(len(Store.open(path).manifest[key]) for key in ("files", "vocabularies"))
+    named = len(Store.open(path).manifest.named_files())
     assert len([p for p in path.rglob("*.parquet")]) == named  # no litter either
     return end, now == after
 
@@ -186,7 +186,7 @@ def test_sigkill_at_many_steps_of_a_vacuum(tmp_path, forker, day):
     assert ends.count(-9) == len(ends)
     assert forker(config=settings, signal=KILL)[1] == 0
     assert read(path) == want
-    named = sum(len(Store.open(path).manifest[key]) for key in ("files", "vocabularies"))
+    named = len(Store.open(path).manifest.named_files())
     assert len(list(path.rglob("*.parquet"))) == named
 
 

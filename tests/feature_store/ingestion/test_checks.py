@@ -148,7 +148,7 @@ def test_time_range_holds_for_appends_too(tmp_path):
     append(AppendConfig(input=[write_events(tmp_path / "d.csv", events[300:])], store=str(store.path)))
     grown = Store.open(store.path)
     assert pick(stored_histories(grown, ["item"]), NAMES) == pick(reference_histories(kept), NAMES)
-    assert grown.manifest["filters"]["dropped_events"] == len(events) - len(kept)
+    assert grown.manifest.filters["dropped_events"] == len(events) - len(kept)
 
 
 def test_rare_ids_share_unknown_and_their_events_stay(tmp_path):

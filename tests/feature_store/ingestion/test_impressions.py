@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elastic_rec.feature_store.batches.impression_batch import make_impression_batch
 from elastic_rec.feature_store.batches.splits import ImpressionSplit
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.config import IngestConfig
+from elastic_rec.feature_store.ingestion.config import AppendConfig
 from elastic_rec.feature_store.ingestion.impressions.config import ImpressionConfig
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.reading.impression_reader import ImpressionReader
@@ -116,7 +116,7 @@ def records(store, reader, batches) -> list[dict]:
     for b in batches:
         assert np.all(np.diff(b.group) >= 0) and b.group.max() < len(b.histories.rows)
         for i in np.flatnonzero(b.rows >= 0):
-            c = slice(b.candidate_offsets[i], b.candidate_offsets[i + 1])
+            c = slice(b.candidates.offsets[i], b.candidates.offsets[i + 1])
             h, t = b.histories, slice(b.starts[i], b.ends[i])
             u = b.group[i]
             assert h.offsets[u] <= b.starts[i] <= b.ends[i] <= h.offsets[u + 1]
@@ -127,7 +127,7 @@ def records(store, reader, batches) -> list[dict]:
                     "user": store.user_ids(h.rows[u : u + 1])[0].as_py(),
                     "timestamp": int(b.times_s[i]),
                     "seen": list(zip(*raw, strict=True)),
-                    "candidates": items.decode(b.candidates[c]).to_pylist(),
+                    "candidates": items.decode(b.candidates.values[c]).to_pylist(),
                     "labels": [[None if np.isnan(x) else x for x in row] for row in b.labels[c].tolist()],
                     **{name: bag(b.context, i, name) for name in table.context},
                     **{
@@ -198,7 +198,7 @@ def test_batches_do_not_depend_on_ranks(case, global_batch_size):
         batches = []
         for shares in zip(*(r.epoch(2, start) for r in readers), strict=True):
             batches.append(sorted(map(repr, records(case[0], readers[0], shares))))
-            assert len({share.histories.num_global_users for share in shares}) == 1
+            assert len({share.histories.num_global_rows for share in shares}) == 1
         return batches
 
     want = contents(1)
@@ -237,10 +237,10 @@ def test_batch_for_a_model(case):
     store = case[0]
     b = next(make(store, global_batch_size=20).epoch(0))
     batch = make_impression_batch(b).to("cpu")
-    B, I, C = len(b.histories.rows), len(b.rows), len(b.candidates)
+    B, I, C = len(b.histories.rows), len(b.rows), len(b.candidates.values)
     assert batch.features.keys() == ["item", "action", "gap", "candidate"] and batch.features.stride() == B
-    assert batch.features["candidate"].values().tolist() == b.candidates.tolist()
-    lengths = np.diff(b.candidate_offsets)
+    assert batch.features["candidate"].values().tolist() == b.candidates.values.tolist()
+    lengths = b.candidates.lengths
     want = [int(lengths[b.group == v].sum()) for v in range(B)]
     assert batch.features["candidate"].lengths().tolist() == want
     assert batch.context.keys() == ["device", "tags"] and batch.context.stride() == I
@@ -272,7 +272,7 @@ def test_a_table_outlives_appends_but_not_another_store(tmp_path):
     ingest_impressions(config_of(tmp_path, **settings), out=str(store.path), threads=1)
     before = sorted(map(repr, records(store, None, make(store).epoch(0))))
     late = [{**e, "timestamp": 2_000_000, "user": 500 + i % 7, "item": 700} for i, e in enumerate(events[:20])]
-    append(IngestConfig(input=[write_events(tmp_path / "late.parquet", late)], out=str(store.path), threads=1))
+    append(AppendConfig(input=[write_events(tmp_path / "late.parquet", late)], store=str(store.path), threads=1))
     grown = Store.open(store.path)
     assert grown.num_users > store.num_users
     assert sorted(map(repr, records(grown, None, make(grown).epoch(0)))) == before, "rows moved, the join did not"

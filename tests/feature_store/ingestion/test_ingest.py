@@ -84,7 +84,7 @@ def test_same_input_gives_the_same_hash_whatever_the_threads(tmp_path):
     for threads, memory in ((1, "1GB"), (4, "64MB")):
         out = str(tmp_path / f"s{threads}")
         ingest(IngestConfig(input=[source], out=out, threads=threads, memory_limit=memory))
-        hashes.add(Store.open(out).manifest["hash"])
+        hashes.add(Store.open(out).manifest.hash)
     assert len(hashes) == 1
 
 
@@ -108,7 +108,7 @@ def test_filters_items_first_then_users_once(tmp_path):
     vocabulary = store.vocabulary("item")
     assert vocabulary.counts.sum() == len(kept) == store.num_events  # counts are of kept events
     assert vocabulary.size == len({e["item"] for e in kept}) + 2
-    dropped = store.manifest["filters"]
+    dropped = store.manifest.filters
     assert dropped["dropped_events"] == len(events) - len(kept)
     assert dropped["dropped_items"] == len({e["item"] for e in events}) - len({e["item"] for e in kept})
 

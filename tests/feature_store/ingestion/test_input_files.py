@@ -138,7 +138,7 @@ def test_zero_rows_among_others(tmp_path):
         users(tmp_path, tmp_path / "in")
     put(tmp_path / "in/d.parquet", 4)
     assert users(tmp_path, tmp_path / "in") == [4]
-    counts = [entry["events"] for entry in Store.open(tmp_path / "s").manifest["source"]["files"]]
+    counts = [entry.events for entry in Store.open(tmp_path / "s").manifest.source.files]
     assert counts == [0, 0, 0, 1]
     put(tmp_path / "text/a.csv", rows=0)
     put(tmp_path / "text/b.csv", rows=0)

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -130,8 +130,8 @@ def check_equal(duckdb: Store, spark: Store, of_duckdb: dict, of_spark: dict) ->
     assert list(values) == list(found := tables(spark))
     for name in values:
         assert found[name] == values[name], name
-    for key, value in duckdb.manifest.items():
-        assert spark.manifest[key] == value, key
+    for key, value in asdict(duckdb.manifest).items():
+        assert asdict(spark.manifest)[key] == value, key
     spark.verify()
     assert (Path(spark.path) / "manifest.json").read_bytes() == (Path(duckdb.path) / "manifest.json").read_bytes()
     assert {p.relative_to(spark.path) for p in Path(spark.path).rglob("*")} == {
@@ -304,8 +304,7 @@ def test_spark_submit_from_s3_to_s3(spark, s3_server, tmp_path, monkeypatch):
     assert stores[0].manifest == stores[1].manifest
     stores[0].verify()
     assert {file.below(stores[0].path) for file in stores[0].path.files()} == {
-        "manifest.json", *(entry["path"] for key in ("files",) for entry in stores[0].manifest[key]),
-        *(entry["path"] for entry in stores[0].manifest["vocabularies"].values()),
+        "manifest.json", *(entry.path for entry in stores[0].manifest.named_files()),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from elastic_rec.feature_store.inspection.verify import Findings, verify_store
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.utils.checked_json import describe_file, write_checked, write_signed
 from elastic_rec.feature_store.utils.errors import DataError
-from elastic_rec.pipeline.verify import verify_run, verify_scores
+from elastic_rec.pipeline.reports.verified_files import verify_run, verify_scores
 
 
 def damage(path: Path) -> None:

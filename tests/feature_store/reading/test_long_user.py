@@ -70,7 +70,7 @@ def store(tmp_path_factory) -> Store:
 def test_he_has_a_row_group_of_his_own(store):
     groups = [group for file in store.files for group in file.row_groups]
     assert (1, LONG) in groups
-    assert all(events <= store.manifest["row_group_events"] for users, events in groups if (users, events) != (1, LONG))
+    assert all(events <= store.manifest.row_group_events for users, events in groups if (users, events) != (1, LONG))
 
 
 def test_batches_windows_and_memory(store):

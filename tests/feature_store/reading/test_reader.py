@@ -54,8 +54,8 @@ def global_order(store: Store, *, world_size: int, epoch: int = 0, start_batch: 
 def merge(ranks: list) -> list[list[int]]:
     batches = []
     for shares in zip(*ranks, strict=True):
-        num_users = shares[0].num_global_users
-        assert all(share.num_global_users == num_users for share in shares)
+        num_users = shares[0].num_global_rows
+        assert all(share.num_global_rows == num_users for share in shares)
         rows = [share.rows[share.rows >= 0].tolist() for share in shares]
         for share, real in zip(shares, rows, strict=True):
             if not real:
@@ -185,7 +185,7 @@ def test_killed_and_resumed_on_other_ranks_and_workers_every_row_once(store, see
 
 def test_a_cursor_goes_on_with_another_batch_size(store):
     first = list(itertools.islice(make(store, global_batch_size=7).epoch(0), 3))
-    cursor = Cursor(seed=3, epoch=0, rows=21, manifest_hash=store.manifest["hash"])
+    cursor = Cursor(seed=3, epoch=0, rows=21, manifest_hash=store.manifest.hash)
     rest = [row for h in make(store, global_batch_size=10).resume(cursor) for row in h.rows]
     assert sorted([*rest, *(row for h in first for row in h.rows)]) == list(range(store.num_users))
 
@@ -228,7 +228,7 @@ def test_file_histories_are_in_store_order(store, batch_size):
         for h in reader.file_histories(number, batch_size):
             sizes.append(len(h.rows))
             rows += h.rows.tolist()
-            assert h.num_global_users == len(h.rows)
+            assert h.num_global_rows == len(h.rows)
             for i, row in enumerate(h.rows):
                 assert h.columns["item"][h.offsets[i] : h.offsets[i + 1]].tolist() == want[row][1]
         assert sizes[:-1] == [batch_size] * (len(sizes) - 1) and sum(sizes) == file.num_users

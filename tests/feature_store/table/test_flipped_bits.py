@@ -23,7 +23,7 @@ FLIPS = 150
 def everything(root: Path) -> list:
     """All that readers give of a store, in a form that can be compared."""
     store = Store.open(root)
-    found = [store.manifest["hash"], Store.open(root, version=0).manifest["hash"]]
+    found = [store.manifest.hash, Store.open(root, version=0).manifest.hash]
     decoder = Decoder(store, store.columns)
     for group in range(len(decoder.groups)):
         users = decoder.decode(group)
@@ -36,8 +36,8 @@ def everything(root: Path) -> list:
         vocabulary = store.vocabulary(column)
         found += [vocabulary.ids.to_pylist(), vocabulary.counts]
     table = ImpressionTable(store)
-    for file, entry in enumerate(table.manifest["files"]):
-        rows = table.read(file, 0, entry["num_impressions"])
+    for file, entry in enumerate(table.manifest.files):
+        rows = table.read(file, 0, entry.num_impressions)
         found += [rows.users.to_pylist(), rows.times, *rows.candidates, rows.labels]
         found += [part for bag in rows.context.values() for part in bag]
     found += [part for bag in table.item_bags.values() for part in bag]

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfi
 from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.reading.history_reader import HistoryReader
-from elastic_rec.feature_store.table import staging
+from elastic_rec.feature_store.table import manifest, staging
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.table.versions import publish, restore, vacuum
@@ -74,7 +75,7 @@ def test_ingest_append_vacuum_and_restore(place, tmp_path):
     assert figures["dropped_versions"] == [0, 2] and figures["freed_bytes"] > 0
     assert histories(out) == pick(reference_histories(events[:600]), NAMES)
     Store.open(out).verify()
-    named = {e["path"] for key in ("files",) for e in Store.open(out).manifest[key]}
+    named = {e.path for e in Store.open(out).manifest.files}
     assert {f.below(open_location(out)) for f in open_location(out).files()} >= named
 
 
@@ -89,7 +90,7 @@ def test_input_comes_from_there_too(place, tmp_path):
     for entry in (f"{place}/in", f"{place}/in/deep/p[0-2].csv", f"{place}/**/p*.csv"):
         ingest(IngestConfig(input=[entry], out=str(tmp_path / "s"), overwrite=True, **SETTINGS))
         assert histories(tmp_path / "s") == want
-    names = [entry["path"] for entry in Store.open(tmp_path / "s").manifest["source"]["files"]]
+    names = [entry.path for entry in Store.open(tmp_path / "s").manifest.source.files]
     assert names == [f"{place}/in/deep/p{n}.csv" for n in range(3)]
     (open_location(place) / "bad.csv").replace(b"user_id,item_id,timestamp\n1,2,x\n")
     with pytest.raises(DataError, match=rf"{place}/bad\.csv: row 1: timestamp 'x' is not a number"):
@@ -144,7 +145,7 @@ def test_an_overwrite_cut_off_before_its_manifest_leaves_the_old_store(place, tm
         def cut_off(*arguments):
             raise KeyboardInterrupt
 
-        patch.setattr(staging, "write_manifest", cut_off)
+        patch.setattr(manifest, "write_manifest", cut_off)
         with pytest.raises(KeyboardInterrupt):
             ingest(config)
         with pytest.raises(DataError, match="unfinished or not a history store"):
@@ -152,7 +153,7 @@ def test_an_overwrite_cut_off_before_its_manifest_leaves_the_old_store(place, tm
     ingest(IngestConfig(input=[old], out=out, **SETTINGS))  # what the one before left is no hindrance
     before = histories(out)
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "write_manifest", cut_off)
+        patch.setattr(manifest, "write_manifest", cut_off)
         with pytest.raises(KeyboardInterrupt):
             ingest(config)
     assert histories(out) == before
@@ -161,7 +162,7 @@ def test_an_overwrite_cut_off_before_its_manifest_leaves_the_old_store(place, tm
     ingest(config)
     assert histories(out) == pick(reference_histories(random_events(300, seed=1)), NAMES)
     found = Store.open(out)
-    named = len(found.manifest["files"]) + len(found.manifest["vocabularies"]) + 1
+    named = len(found.manifest.files) + len(found.manifest.vocabularies) + 1
     assert len(open_location(out).files()) == named  # the old store's files and the litter are gone
 
 
@@ -173,7 +174,7 @@ def test_a_second_writer_is_noticed_where_nothing_locks(tmp_path):
     base = Store.open(out).manifest
     append(AppendConfig(input=[day], store=out, threads=1))
     with pytest.raises(DataError, match="another writer changed the store meanwhile; nothing was appended"):
-        publish(open_location(out), 2, {**base, "parent": base["hash"]})
+        publish(open_location(out), replace(base, version=2, parent=base.hash), work=tmp_path)
     assert histories(out) == pick(reference_histories(events), NAMES)
 
 

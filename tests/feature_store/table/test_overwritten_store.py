@@ -1,6 +1,6 @@
 """A reader of a store that is overwritten reads what it opened, or fails; leftovers of killed writers are swept."""
 
-import copy
+import json
 import os
 import shutil
 import signal
@@ -22,8 +22,7 @@ from elastic_rec.feature_store.reading.history_reader import HistoryReader
 from elastic_rec.feature_store.reading.lookup import HistoryLookup
 from elastic_rec.feature_store.states.files import DamagedStates
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
-from elastic_rec.feature_store.table.location import open_location
-from elastic_rec.feature_store.table.manifest import write_manifest
+from elastic_rec.feature_store.table.manifest import content_hash
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.scratch import scratch_folder
@@ -75,7 +74,8 @@ def test_a_reader_with_everything_in_memory_reads_on(tmp_path):
 
 def as_before_digests(store: Store) -> Store:
     """The same store as earlier versions wrote it: no digests in names, no digests of footers."""
-    root, manifest = Path(store.path), copy.deepcopy(store.manifest)
+    root = Path(store.path)
+    manifest = json.loads((root / "manifest.json").read_bytes())
     for entry in manifest["files"]:
         old, entry["path"] = entry["path"], f"{entry['path'].split('/')[0]}/part-000.parquet"
         (root / old).rename(root / entry["path"])
@@ -83,7 +83,7 @@ def as_before_digests(store: Store) -> Store:
     for column, entry in manifest["vocabularies"].items():
         old, entry["path"] = entry["path"], f"vocab/{column}.parquet"
         (root / old).rename(root / entry["path"])
-    write_manifest(open_location(root) / "manifest.json", manifest)
+    (root / "manifest.json").write_text(json.dumps({**manifest, "hash": content_hash(manifest)}))
     return Store.open(root)
 
 
@@ -217,7 +217,7 @@ def test_a_store_that_had_stepped_aside_comes_back(tmp_path):
 
 def test_a_vocabulary_is_checked_before_an_append_carries_it_on(tmp_path):
     store = make_store(tmp_path, random_events(100), context_columns=["action"])
-    vocabulary = Path(store.path) / store.manifest["vocabularies"]["item"]["path"]
+    vocabulary = Path(store.path) / store.manifest.vocabularies["item"].path
     damage(vocabulary, 30)
     with pytest.raises(DataError, match=rf"{vocabulary.name}: changed since ingest"):
         add_day(store, tmp_path)
@@ -227,7 +227,7 @@ def test_a_vocabulary_is_checked_before_an_append_carries_it_on(tmp_path):
 def test_credentials_in_an_old_manifest_are_not_carried_on(tmp_path):
     store = make_store(tmp_path, random_events(100), context_columns=["action"])
     path = Path(store.path) / "manifest.json"
-    written = change(store.manifest, "source.files.0.path", "s3://KEY:SECRET@bucket/day.parquet")
-    write_manifest(open_location(path), written)
+    written = change(json.loads(path.read_bytes()), "source.files.0.path", "s3://KEY:SECRET@bucket/day.parquet")
+    path.write_text(json.dumps(written))
     store = add_day(store, tmp_path)
-    assert store.manifest["source"]["files"][0]["path"] == "s3://***@bucket/day.parquet"
+    assert store.manifest.source.files[0].path == "s3://***@bucket/day.parquet"

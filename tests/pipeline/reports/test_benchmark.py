@@ -1,4 +1,4 @@
-"""The benchmark verb end to end on tiny shapes, its cells without figures, and what it makes of its figures."""
+"""The benchmark verb end to end on tiny shapes, its measurements without figures, and what it makes of its figures."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.pipeline.reports.benchmarks.config import EfficiencyConfig, EfficiencyTargets
-from elastic_rec.pipeline.reports.benchmarks.contestants import CONTESTANTS, INFERENCE_ONLY, Arena
-from elastic_rec.pipeline.reports.benchmarks.efficiency import measure
-from elastic_rec.pipeline.reports.benchmarks.efficiency_table import Cell, Table, figures, judge, short
+from elastic_rec.pipeline.reports.benchmarks.efficiency import measure_rows
+from elastic_rec.pipeline.reports.benchmarks.efficiency_table import Measurement, Table, figures, judge
+from elastic_rec.pipeline.reports.benchmarks.models import INFERENCE_ONLY, MODELS, Setup
 from elastic_rec.pipeline.reports.benchmarks.worker import OUT_OF_MEMORY, Task, Worker
 
 TINY = [
@@ -43,8 +43,8 @@ def test_a_run_writes_table_figures_and_plot_and_survives_want_of_memory(tmp_pat
 
     saved = json.loads((tmp_path / "efficiency.json").read_text())
     assert saved["threads"] == 1 and saved["device"] == "cpu" and saved["machine"]["cores"] >= 1
-    cells = {(cell["contestant"], cell["mode"], cell["events"]): cell for cell in saved["cells"]}
-    assert len(cells) == 2 * (len(CONTESTANTS) * 2 - len(INFERENCE_ONLY))
+    cells = {(cell["model"], cell["mode"], cell["events"]): cell for cell in saved["cells"]}
+    assert len(cells) == 2 * (len(MODELS) * 2 - len(INFERENCE_ONLY))
     for (name, mode, events), cell in cells.items():
         if name == "naive" and events == 8192:  # 2 x 8192 x 8192 floats are 512 MiB
             assert cell["status"] == OUT_OF_MEMORY and cell["seconds"] is None, (mode, cell)
@@ -62,7 +62,7 @@ def test_a_run_writes_table_figures_and_plot_and_survives_want_of_memory(tmp_pat
 
 
 def test_a_missed_target_is_named_last(tmp_path):
-    few = ["efficiency.contestants=[elastic,sasrec]", "efficiency.modes=[inference]", "efficiency.events=[64]"]
+    few = ["efficiency.models=[elastic,sasrec]", "efficiency.modes=[inference]", "efficiency.events=[64]"]
     hard = targets(EASY + " targets.speedups=[1e9]")
     done = benchmark("check=true", f"out={tmp_path}", *few, *hard)
     assert done.returncode == 1, done.stderr[-8000:]
@@ -76,8 +76,11 @@ def test_a_missed_target_is_named_last(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("efficiency.contestants=[elastic,gru]", "['gru'] unknown, choose from ['elastic', "),
-        ("efficiency.events=[256,64]", "efficiency.events=[256, 64]: give positive lengths in ascending order"),
+        (
+            "efficiency.models=[elastic,gru]",
+            "efficiency.models=['elastic', 'gru']: set one of elastic, elastic_causal, ",
+        ),
+        ("efficiency.events=[256,64]", "efficiency.events=[256, 64]: give one or more numbers in ascending order"),
         ("efficiency.targets.speedups=[1]", "give as many speed-ups as lengths"),
     ],
 )
@@ -90,8 +93,8 @@ def test_a_config_that_cannot_work_says_what_to_do(tmp_path, override, message):
 @pytest.fixture(scope="module")
 def worker():
     tower = TowerConfig(width=16, heads=2, experts=4, dropout=0.0)
-    arena = Arena(tower, MemoryConfig(num_keys=16), gather_rows=1000, device="cpu", seed=0)
-    worker = Worker(arena, threads=1, memory_limit_gib=1)
+    setup = Setup(tower, MemoryConfig(num_keys=16), gather_rows=1000, device="cpu", seed=0)
+    worker = Worker(setup, threads=1, memory_limit_gib=1)
     yield worker
     worker.close()
 
@@ -109,7 +112,7 @@ def test_peak_memory_is_what_is_held_at_once(worker):
     assert 1.8 < peaks["elastic", 2048] / peaks["elastic", 1024] < 2.1
 
 
-def test_a_killed_worker_is_a_cell_and_the_next_one_goes_on(worker):
+def test_a_killed_worker_is_a_measurement_and_the_next_one_goes_on(worker):
     os.kill(worker._process.pid, signal.SIGSTOP)  # so that the task is still unanswered when the kill comes
     worker._pipe.send(Task("gather", "inference", 64, 0))
     os.kill(worker._process.pid, signal.SIGKILL)
@@ -120,17 +123,18 @@ def test_a_killed_worker_is_a_cell_and_the_next_one_goes_on(worker):
 
 def test_what_would_take_too_long_is_skipped_and_says_so(worker):
     config = EfficiencyConfig(
-        events=[64, 128, 256], contestants=["elastic", "gather"], modes=["inference"], repetitions=1, max_cell_s=1e-9
+        events=[64, 128, 256], models=["elastic", "gather"], modes=["inference"], repetitions=1, max_call_s=1e-9
     )
     lines, rows_saved = [], []
-    table = measure(config, worker, say=lines.append, save=lambda table: rows_saved.append(len(table.cells)))
+    for table in measure_rows(config, worker, lines.append):
+        rows_saved.append(len(table.found))
     assert rows_saved == [2, 4, 6] and len(lines) == 3
-    assert table.cells["elastic", "inference", 128].status == "ok"  # of one length nothing follows
-    assert table.cells["elastic", "inference", 256].status == "skipped: 0 s predicted, limit 1e-09 s"
+    assert table.found["elastic", "inference", 128].status == "ok"  # of one length nothing follows
+    assert table.found["elastic", "inference", 256].status == "skipped: 0 s predicted, limit 1e-09 s"
     assert "skipped" in lines[2]
-    config.max_cell_s, config.memory_limit_gib = 60, 1e-9
-    table = measure(config, worker, say=lines.append, save=lambda table: None)
-    assert table.cells["elastic", "inference", 256].status == "out of memory (0 GiB predicted, limit 1e-09 GiB)"
+    config.max_call_s, config.memory_limit_gib = 60, 1e-9
+    *_, table = measure_rows(config, worker, lines.append)
+    assert table.found["elastic", "inference", 256].status == "out of memory (0 GiB predicted, limit 1e-09 GiB)"
 
 
 def made_up(curves: dict[str, dict[int, float | None]]) -> Table:
@@ -138,7 +142,7 @@ def made_up(curves: dict[str, dict[int, float | None]]) -> Table:
     for name, curve in curves.items():
         for events, seconds in curve.items():
             status = "ok" if seconds else OUT_OF_MEMORY
-            table.add(Cell(name, "inference", events, status=status, seconds=seconds, peak_bytes=2**20))
+            table.add(Measurement(name, "inference", events, status=status, seconds=seconds, peak_bytes=2**20))
     return table
 
 
@@ -175,16 +179,16 @@ def test_ratios_slopes_and_verdicts():
     assert not judge(table, EfficiencyTargets(slope_max=0.99))[0].met
 
 
-def test_cells_read_well():
-    cell = Cell("elastic", "inference", 64, seconds=0.01234, peak_bytes=5 * 2**20)
-    assert short(cell) == "12.3 ms · 5 MiB"
-    cell.seconds, cell.peak_bytes = 4.2e-5, 3 * 2**30
-    assert short(cell) == "42 µs · 3.0 GiB"
-    cell.seconds, cell.status = None, "skipped: 70 s predicted, limit 60 s"
-    assert short(cell) == "skipped: 70 s predicted, limit 60 s"
+def test_measurements_read_well():
+    found = Measurement("elastic", "inference", 64, seconds=0.01234, peak_bytes=5 * 2**20)
+    assert found.text == "12.3 ms · 5 MiB"
+    found.seconds, found.peak_bytes = 4.2e-5, 3 * 2**30
+    assert found.text == "42 µs · 3.0 GiB"
+    found.seconds, found.status = None, "skipped: 70 s predicted, limit 60 s"
+    assert found.text == "skipped: 70 s predicted, limit 60 s"
 
 
-def test_far_back_trains_and_says_who_found_it(tmp_path):
+def test_far_back_trains_and_says_which_model_found_it(tmp_path):
     tiny = [
         "suite=far_back", f"out={tmp_path}", "memory.enabled=false", "far_back.markers=4", "far_back.noise_items=10",
         "far_back.distances=[24,200]", "far_back.train_distance=64", "far_back.window=40", "far_back.steps=200",

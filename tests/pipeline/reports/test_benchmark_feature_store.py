@@ -10,9 +10,9 @@ import pytest
 
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.pipeline.reports.benchmarks import feature_store
-from elastic_rec.pipeline.reports.benchmarks.feature_store_report import Comparison, judge
+from elastic_rec.pipeline.reports.benchmarks.config import StoreBenchmarkConfig, StoreTargets
+from elastic_rec.pipeline.reports.benchmarks.feature_store import Comparison, judge
 from elastic_rec.pipeline.reports.benchmarks.raw_events import write_events
-from elastic_rec.pipeline.reports.benchmarks.store_config import StoreBenchmarkConfig, StoreTargets
 
 SMALL = ["num_users=300", "num_events=20000", "num_items=500", "batch_size=32", "repetitions=2", "ingest_repetitions=1"]
 EASY = ["targets.reader_ratio=0.001", "targets.ingest_ratio=0.001", "targets.amplification=9"]
@@ -39,7 +39,7 @@ def test_a_run_writes_its_figures_in_both_forms_and_leaves_nothing_else(tmp_path
 def test_both_sides_read_every_event(tmp_path):
     suite = StoreBenchmarkConfig(num_users=300, num_events=20_000, num_items=500, ingest_repetitions=1)
     logs = write_events(tmp_path / "log", 300, 20_000, 500, 0)
-    feature_store.compare_ingest(suite, logs, tmp_path, lambda text: None)
+    feature_store.compare_ingest(suite, logs, tmp_path)
     store = Store.open(tmp_path / "store")
     assert store.num_events == 20_000 and not (tmp_path / "copy").exists()
     assert feature_store.iterate(store, 32) == feature_store.iterate_in_threads(store, 32, 3) == store.num_users
@@ -51,7 +51,7 @@ def test_both_sides_read_every_event(tmp_path):
 
 def test_a_config_that_cannot_work_says_what_to_do(tmp_path):
     done = benchmark(f"out={tmp_path}", "feature_store.workers=[0]")
-    assert done.returncode == 2 and "feature_store.workers=[0]: give one or more positive numbers" in done.stderr
+    assert done.returncode == 2 and "feature_store.workers=[0]: set at least 1" in done.stderr
 
 
 def test_verdicts():

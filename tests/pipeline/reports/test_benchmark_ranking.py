@@ -8,7 +8,7 @@ import helpers
 import pytest
 
 from elastic_rec.pipeline.reports.benchmarks.config import RankingTargets
-from elastic_rec.pipeline.reports.benchmarks.ranking_report import Cell, judge, last_figures
+from elastic_rec.pipeline.reports.benchmarks.ranking import Timing, judge, last_figures
 
 TINY = ["device=cpu", "threads=1", "model.width=16", "model.experts=4", "memory.num_keys=16", "suite=ranking"]
 SHORT = ["ranking.events=50", "ranking.candidates=[1,20]", "ranking.state_events=[10,100]", "ranking.repetitions=2"]
@@ -31,7 +31,7 @@ def test_a_run_writes_its_figures_in_both_forms(tmp_path):
     assert len(saved["cells"]) == 3 * 2 + 2 * 2
     assert all(len(cell["samples_s"]) == 2 and min(cell["samples_s"]) > 0 for cell in saved["cells"])
     text = (tmp_path / "ranking.md").read_text()
-    ms = {cell.key: cell.seconds * 1e3 for cell in (Cell(**cell) for cell in saved["cells"])}
+    ms = {timing.key: timing.seconds * 1e3 for timing in (Timing(**cell) for cell in saved["cells"])}
     assert f"| 20 | {ms['tower', 50, 20]:.2f} ms |" in text
     assert f"| 100 | {ms['state', 100, 1]:.2f} ms | {ms['state', 100, 20]:.2f} ms |" in text
     assert last["tower_ms"]["20"] == pytest.approx(ms["tower", 50, 20], abs=1e-3)
@@ -45,8 +45,8 @@ def test_a_missed_target_fails_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("ranking.candidates=[5,1]", "ranking.candidates=[5, 1]: give positive numbers in ascending order"),
-        ("ranking.events=0", "ranking.events=0: must be at least 1"),
+        ("ranking.candidates=[5,1]", "ranking.candidates=[5, 1]: give one or more numbers in ascending order"),
+        ("ranking.events=0", "ranking.events=0: set at least 1"),
     ],
 )
 def test_a_config_that_cannot_work_says_what_to_do(tmp_path, override, message):
@@ -55,9 +55,11 @@ def test_a_config_that_cannot_work_says_what_to_do(tmp_path, override, message):
 
 
 def test_verdicts():
-    cells = [Cell("tower", 9, 1, [1.0, 9.0, 1.0]), Cell("tower", 9, 10, [2.0]), Cell("din", 9, 1, [1.0])]
-    cells += [Cell("state", 10, n, [1.0]) for n in (1, 10)] + [Cell("state", 99, n, [0.9 + n / 10]) for n in (1, 10)]
-    found = judge(cells, RankingTargets(candidates_ratio=2, state_ratio=1.2))
+    timings = [Timing("tower", 9, 1, [1.0, 9.0, 1.0]), Timing("tower", 9, 10, [2.0]), Timing("din", 9, 1, [1.0])]
+    timings += [Timing("state", 10, n, [1.0]) for n in (1, 10)] + [
+        Timing("state", 99, n, [0.9 + n / 10]) for n in (1, 10)
+    ]
+    found = judge(timings, RankingTargets(candidates_ratio=2, state_ratio=1.2))
     assert [(verdict.value, verdict.met) for verdict in found] == [(2.0, True), (pytest.approx(1.9), False)]
-    assert last_figures([*cells, Cell("heads", 0, 1, [1.0])])["state_ms"][10] == {10: 1000.0, 99: 1900.0}
-    assert not judge(cells, RankingTargets())
+    assert last_figures([*timings, Timing("heads", 0, 1, [1.0])])["state_ms"][10] == {10: 1000.0, 99: 1900.0}
+    assert not judge(timings, RankingTargets())

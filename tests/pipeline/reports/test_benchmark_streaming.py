@@ -8,7 +8,7 @@ import helpers
 import pytest
 
 from elastic_rec.pipeline.reports.benchmarks.config import StreamingTargets
-from elastic_rec.pipeline.reports.benchmarks.streaming_report import Fold, Pass, judge
+from elastic_rec.pipeline.reports.benchmarks.streaming import Fold, Pass, judge
 
 TINY = ["device=cpu", "threads=1", "model.width=16", "model.experts=4", "memory.num_keys=16", "suite=streaming"]
 SHORT = ["streaming.events=[10,500]", "streaming.pass_events=[64,512]", "streaming.repetitions=2"]
@@ -40,8 +40,8 @@ def test_a_run_writes_its_figures_in_both_forms(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["streaming.events=[500,10]"], "streaming.events=[500, 10]: give positive lengths in ascending order"),
-        (["streaming.repetitions=0"], "streaming.repetitions=0: must be at least 1"),
+        (["streaming.events=[500,10]"], "streaming.events=[500, 10]: give one or more numbers in ascending order"),
+        (["streaming.repetitions=0"], "streaming.repetitions=0: set at least 1"),
     ],
 )
 def test_a_config_that_cannot_work_says_what_to_do(tmp_path, overrides, message):

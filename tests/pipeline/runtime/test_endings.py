@@ -60,10 +60,10 @@ def test_what_torch_makes_of_a_full_disk():
 
 
 def test_an_exhausted_machine_is_the_cause_whatever_it_was_taken_for():
-    full = duckdb.IOException('IO Error: Could not write file "/s/events.duckdb.wal": No space left on device')
+    full = duckdb.IOException('IO Error: Could not write file "/s/staged.duckdb.wal": No space left on device')
     taken = DataError("/in.csv: cannot be read: mend it")
     taken.__cause__ = full
-    assert ending_of(taken).line.startswith("error: /s/events.duckdb.wal: No space left on device: free space")
+    assert ending_of(taken).line.startswith("error: /s/staged.duckdb.wal: No space left on device: free space")
     gone = DataError("/s/part.parquet: cannot be opened; its version was deleted: open the store again")
     gone.__cause__ = FileNotFoundError(errno.ENOENT, "No such file or directory", "/s/part.parquet")
     assert ending_of(gone).line == f"error: {gone}", "the store knows better than the system"

@@ -141,7 +141,7 @@ def is_at_work(job: Job, folder: Path, mode: str) -> bool:
     """DuckDB has begun to write; a JVM has begun to start."""
     if mode == "spark":
         return len(processes_writing_to(job.log)) > 1
-    return any(folder.rglob("events.duckdb.wal"))
+    return any(folder.rglob("staged.duckdb.wal"))
 
 
 def test_describe_ends_with_one_line(verbs, train, tmp_path):

@@ -39,6 +39,7 @@ from elastic_rec.feature_store.ingestion.engines.spark.tasks import (
 from elastic_rec.feature_store.ingestion.inputs import check_entries
 from elastic_rec.feature_store.ingestion.sources import open_source
 from elastic_rec.feature_store.ingestion.writer import BUCKET
+from elastic_rec.feature_store.table.format import HistoryFile, SourceFile
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.schema import ARROW_TYPES, EVENT_ID, TIMESTAMP, USER
 from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging
@@ -84,8 +85,8 @@ class SparkEngine:
                 "duckdb, numpy and tqdm: see docs/how-to/spark.md"
             ) from error
 
-    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[dict]:
-        """Reads all files, each in a task of its own; entries as DuckEngine.load_inputs gives them."""
+    def load_inputs(self, paths: list[Location], *, format: str, columns: dict[str, str]) -> list[SourceFile]:
+        """As IngestEngine.load_inputs; each file in a task of its own."""
         first, kinds = self._first_kinds(paths, format, columns)
         self._raw_types = {
             role: "int64" if role == "timestamp" or kinds[role] == "int64" else "string" for role in self._roles
@@ -114,9 +115,9 @@ class SparkEngine:
         self._found = Counter()
         for answer in about:
             self._found.update(answer[FOUND])
-        entries = [answer[FILE] for answer in about]
+        entries = [SourceFile(**answer[FILE]) for answer in about]
         check_entries(entries)
-        self._first_rows = np.cumsum([0, *(entry["events"] for entry in entries)])[:-1]
+        self._first_rows = np.cumsum([0, *(entry.events for entry in entries)])[:-1]
         return entries
 
     def _first_kinds(self, paths: list[Location], format: str, columns: dict[str, str]) -> tuple[str, dict[str, str]]:
@@ -203,7 +204,7 @@ class SparkEngine:
 
     def write(
         self, staging: LocalStaging | RemoteStaging, *, num_buckets: int, schema: pa.Schema, row_group_events: int
-    ) -> tuple[list[dict], dict[str, int]]:
+    ) -> tuple[list[HistoryFile], dict[str, int]]:
         """As DuckEngine.write, from the executors into staging.target."""
         target = staging.target
         job = WriteJob(
@@ -218,12 +219,13 @@ class SparkEngine:
         order = [BUCKET, USER, TIMESTAMP, *([EVENT_ID] if "event_id" in self._roles else []), SEQ]
         events = self._new_events(num_buckets).repartitionById(num_buckets, BUCKET).sortWithinPartitions(*order)
         about = _answers(events.mapInArrow(lambda batches: write_buckets(batches, job), f"`{ABOUT}` string"))
-        files = sorted((entry for answer in about for entry in answer[FILE]), key=lambda entry: entry["path"])
-        sizes = target.sizes([entry["path"] for entry in files])
+        entries = (HistoryFile(**entry) for answer in about for entry in answer[FILE])
+        files = sorted(entries, key=lambda entry: entry.path)
+        sizes = target.sizes([entry.path for entry in files])
         for entry, size in zip(files, sizes, strict=True):
-            if size != entry["bytes"]:
+            if size != entry.bytes:
                 raise DataError(
-                    f"{target / entry['path']}: written by an executor and not seen by the driver; `out` must be on "
+                    f"{target / entry.path}: written by an executor and not seen by the driver; `out` must be on "
                     "storage that all machines share (s3://..., hdfs://..., a network disk)"
                 )
         found = Counter({"out_of_order": 0, "gaps": 0})

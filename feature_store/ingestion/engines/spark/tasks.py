@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,7 @@ def _read_file(number: int, job: ReadJob) -> Iterator[pa.RecordBatch]:
         engine.expect_kinds(job.kinds, first=job.first)
         name, url = job.files[number]
         entry = engine.load_input(replace(open_location(url), url=name), format=job.format, columns=job.columns)
-        about = {FILE: entry, FOUND: engine.drop_bad_rows(), STAGED: engine.num_staged()}
+        about = {FILE: asdict(entry), FOUND: engine.drop_bad_rows(), STAGED: engine.num_staged()}
         for batch in engine.staged_batches():
             columns = [batch.column(name) for name in batch.schema.names]
             columns[0] = pa.array(columns[0].to_numpy() + (number << ROW_BITS))
@@ -114,7 +114,8 @@ def write_buckets(batches: Iterable[pa.RecordBatch], job: WriteJob) -> Iterator[
                 checks=job.checks,
                 unit=job.unit,
             )
-            about = {FILE: put_in_place(files, folder, open_location(job.target)), FOUND: found}
+            placed = put_in_place(files, folder, open_location(job.target))
+            about = {FILE: [asdict(entry) for entry in placed], FOUND: found}
     except DataError as error:
         about = {ERROR: str(error)}
     yield _about(about, pa.schema([pa.field(ABOUT, pa.string())]))

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 
-from elastic_rec.feature_store.batches.histories import Histories
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import SplitConfig
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
@@ -38,10 +38,10 @@ def world():
     dist.destroy_process_group()
 
 
-def histories_of(*users: list[int]) -> Histories:
+def histories_of(*users: list[int]) -> Sequences:
     items = np.array([item for user in users for item in user], np.int64)
     offsets = np.cumsum([0, *(len(user) for user in users)])
-    return Histories(np.arange(len(users)), offsets, {"item": items}, np.arange(len(items)), len(users))
+    return Sequences(np.arange(len(users)), offsets, np.arange(len(items)), {"item": items})
 
 
 def store_of(folder, *users: list[int]) -> str:

@@ -89,7 +89,7 @@ def by_the_reader(run: Path) -> dict[tuple, list[float]]:
     world = start_world("cpu")
     task, model, _ = load_model(f"{run}/run", checkpoint="best", world=world, parallel=ParallelConfig(device="cpu"))
     table, items = ImpressionTable(task.store), task.store.vocabulary("item")
-    rows = [table.read(file, 0, len(table.users_and_times(file)[0])) for file in range(len(table.manifest["files"]))]
+    rows = [table.read(file, 0, len(table.users_and_times(file)[0])) for file in range(len(table.manifest.files))]
     about = [(u, t) for part in rows for u, t in zip(part.users.to_pylist(), part.times.tolist(), strict=True)]
     found = {}
     for stage in ("train", "valid", "test"):

@@ -1,11 +1,11 @@
-"""Who is measured: each contestant turns N events of one user into that user's representation.
+"""The models that suite=efficiency measures. Each turns N events of one user into that user's representation.
 
-Equal width, heads, layers, feed-forwards and dropout, float32, random weights. No item table: the events' vectors are
-given, and looking them up is a contestant of its own, the bare gather.
+They have equal width, heads, layers, feed-forwards and dropout, and random float32 weights. The events' vectors are
+given: there is no item table. Their lookup is measured by itself, as the bare gather.
 
 inference: torch.inference_mode, eval mode.
-training:  forward, a loss on what the form is trained by (every event's output; the paper form: the summary), backward
-           into weights and events. No optimizer step.
+training:  forward, a loss, backward into weights and events; no optimizer step. The loss is on every event's output,
+           of the paper form on the summary.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from elastic_rec.models.towers.sasrec import Sasrec, naive, sdpa
 MODES = ("inference", "training")
 GATHER, SASREC = "gather", "sasrec"
 ELASTIC = ("elastic", "elastic_causal")
-# name -> how tables and plots call it. "Newest only": its last block computes the newest event's output alone, which is
-# how a careful engineer would serve SASRec; most code computes all of them.
-CONTESTANTS = {
+# name -> its label in tables and plots. "Newest only": its last block computes the newest event's output alone, as a
+# careful engineer would serve SASRec. Most code computes all of them.
+MODELS = {
     "elastic": "ELASTIC",
     "elastic_causal": "ELASTIC causal",
     SASREC: "SASRec-SDPA",
@@ -40,8 +40,8 @@ INFERENCE_ONLY = ("sasrec_newest",)  # training asks for every event's output
 
 
 @dataclass(frozen=True)
-class Arena:
-    """What all contestants share. gather_rows: rows of the table that the bare gather reads."""
+class Setup:
+    """What all models share. gather_rows: rows of the table that the bare gather reads."""
 
     model: TowerConfig
     memory: MemoryConfig
@@ -51,10 +51,11 @@ class Arena:
 
     @cached_property
     def table_VD(self) -> torch.Tensor:
+        """(gather_rows, width): the item table of the bare gather."""
         return torch.randn(self.gather_rows, self.model.width, device=self.device)
 
-    def contestant(self, name: str, mode: str, events: int) -> Callable[[], None]:
-        """A call that does the work once."""
+    def call(self, name: str, mode: str, events: int) -> Callable[[], None]:
+        """A call that does the work of model `name` once, on one user with `events` events."""
         torch.manual_seed(self.seed)
         if name == GATHER:
             return self._gather(mode, events)
@@ -85,8 +86,9 @@ class Arena:
         return train if mode == "training" else infer
 
     def _gather(self, mode: str, events: int) -> Callable[[], None]:
-        """Other events at each call, or a short history would be read from the processor's cache.
-        Training: gather and sparse gradient; adding it to the table is the optimizer's."""
+        """Each call reads other events, or a short history would be read from the processor's cache.
+
+        Training is the gather and its sparse gradient; adding it to the table is the optimizer's work."""
         calls = max(2, 2**20 // events)
         ids = cycle(torch.randint(0, self.gather_rows, (calls, events)).to(self.device).unbind(0))
         grad_TD = torch.ones(events, self.model.width, device=self.device)
@@ -102,5 +104,6 @@ class Arena:
         return train if mode == "training" else infer
 
 
-def takes_part(name: str, mode: str) -> bool:
+def has_mode(name: str, mode: str) -> bool:
+    """Whether model `name` is measured in `mode`."""
     return mode == "inference" or name not in INFERENCE_ONLY
