@@ -46,7 +46,6 @@ from elastic_rec.models.towers.base import TowerOutput
 from elastic_rec.models.towers.config import Time
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.runtime.finite import require_finite
-from elastic_rec.pipeline.tasks.base import ALL
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import NOTHING, from_sort_key, sort_key
 from elastic_rec.pipeline.tasks.ranking.data import RankingBatch
 from elastic_rec.pipeline.tasks.scoring import ALL

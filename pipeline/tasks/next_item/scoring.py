@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from elastic_rec.feature_store.batches.histories import Histories
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
+from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.table.schema import ARROW_TYPES
 from elastic_rec.feature_store.table.times import parse_time_s
 from elastic_rec.models.towers.config import Time
@@ -58,7 +58,7 @@ class TopKScoring(Scoring):
         """All items, over this model's item table."""
         return open_catalogue(self.model, self.world)
 
-    def recommend(self, query_RD: torch.Tensor, histories: Histories) -> pa.Table:
+    def recommend(self, query_RD: torch.Tensor, histories: Sequences) -> pa.Table:
         """Top-k of each user, padding left out. histories: what they have seen. Collective.
 
         Raises NonFiniteError for a query or score that is no number.
@@ -113,7 +113,7 @@ class FullScoring(TopKScoring):
         """Scores a user without events. Collective."""
         self.top_k(self.task.padding_histories())
 
-    def top_k(self, histories: Histories) -> pa.Table:
+    def top_k(self, histories: Sequences) -> pa.Table:
         """The lists of these users. Collective."""
         with torch.no_grad():
             windows = with_query_gap(self.task.score_windows(histories), query_gaps(histories, self.asked_s))
@@ -134,12 +134,12 @@ class FullPart(Part):
         self.scoring, self.bucket = scoring, bucket
         self.tables: list[pa.Table] = []
 
-    def batches(self) -> Iterator[Histories]:
+    def batches(self) -> Iterator[Sequences]:
         """Users with their histories."""
         scoring = self.scoring
         return scoring.task.file_histories(scoring.files[self.bucket], batch_size=scoring.config.batch_size)
 
-    def score(self, histories: Histories) -> None:
+    def score(self, histories: Sequences) -> None:
         """Adds the users' lists. Collective."""
         self.tables.append(self.scoring.top_k(histories))
 
@@ -183,7 +183,7 @@ def query_time_s(task: NextItemData, config: TopKConfig) -> int | None:
     return asked_s
 
 
-def query_gaps(histories: Histories, asked_s: int | None) -> np.ndarray:
+def query_gaps(histories: Sequences, asked_s: int | None) -> np.ndarray:
     """(B,) seconds from each user's newest event to asked_s; -1: unknown, or no event."""
     gap_s_B = np.full(len(histories.rows), -1, np.int64)
     if asked_s is not None:
