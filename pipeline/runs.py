@@ -79,6 +79,7 @@ class UserStates:
 
     @property
     def users(self) -> tuple[bool, int]:
+        """(is_one_user, B), which the lists of every later call must fit."""
         return self.is_one_user, len(self)
 
     def to_bytes(self) -> bytes | list[bytes]:
