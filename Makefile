@@ -33,7 +33,7 @@ lint: install ## ruff (rules, format), codespell and mypy; changes nothing
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/codespell
-	@$(BIN)/python -m mypy
+	@$(BIN)/python -m mypy --config-file typings/mypy.ini
 
 format: install ## ruff: put right what it can
 	@$(BIN)/python -m ruff check --fix .

@@ -44,7 +44,6 @@ from elastic_rec.feature_store.utils.jagged import Bags, offsets_of
 from elastic_rec.models.ranking.model import RankingModel
 from elastic_rec.models.towers.base import TowerOutput
 from elastic_rec.models.towers.config import Time
-from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 from elastic_rec.pipeline.runtime.finite import require_finite
 from elastic_rec.pipeline.tasks.next_item.sharded_topk import NOTHING, from_sort_key, sort_key
@@ -80,6 +79,7 @@ class UserStates:
 
     @property
     def users(self) -> tuple[bool, int]:
+        """(is_one_user, B), which the lists of every later call must fit."""
         return self.is_one_user, len(self)
 
     def to_bytes(self) -> bytes | list[bytes]:
@@ -106,7 +106,7 @@ class Run:
         self.is_ranking = isinstance(model, RankingModel)
         self.labels: list[str] = task.table.labels if self.is_ranking else []
         self._device = task.world.device
-        self._is_causal = isinstance(model.tower, CausalTower)
+        self._has_states = getattr(model.tower, "has_states", False)
         self._index = {name: IdIndex(task.vocabulary(name), size) for name, size in task.rows.items()}
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class Run:
         Raises ValueError for events out of order or older than the state, and for columns that are not the run's;
         DataError for ids of another type than the store's.
         """
-        if states is not None and not self._is_causal:
+        if states is not None and not self._has_states:
             raise ValueError(NOT_CAUSAL)
         given, wanted = columns or {}, self.columns[1:]
         if sorted(given) != sorted(wanted):
@@ -144,7 +144,7 @@ class Run:
             "num_unknown_B": np.diff(offsets_of(unknown_T)[events.offsets_B1]),
             "is_one_user": events.is_one_user,
         }
-        if not self._is_causal:
+        if not self._has_states:
             most = self.task.config.data.max_history + (not self.is_ranking)  # one more, for the gap after it
             return UserStates(**about, histories=newest_events(histories, most))
         state = self.model.tower.init_state(num_users) if states is None else states.state
@@ -223,7 +223,7 @@ class Run:
         Raises StateError for states of another model or version, and for damaged ones; ValueError where the run's
         tower is not causal.
         """
-        if not self._is_causal:
+        if not self._has_states:
             raise ValueError(NOT_CAUSAL)
         rows = [np.frombuffer(row, np.uint8) for row in ([data] if isinstance(data, bytes) else data)]
         if len(sizes := {len(row) for row in rows}) != 1:

@@ -21,7 +21,7 @@ from elastic_rec.configs.stack import describe_mismatch
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "feature_store", "models", "pipeline")
 FACE = "packaging/elastic_rec"
-LEAST_DOCUMENTED = 0.74  # share of public classes, functions and methods
+LEAST_DOCUMENTED = 0.9  # share of public classes, functions and methods
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -122,7 +122,7 @@ def test_ruff_rejects_imports_that_bypass_the_import_root(room):
 # folder -> room -> the rooms it may import (tests/support/structure.py). A new arrow is a decision: it comes in here.
 ALLOWED = {
     "feature_store": {
-        "inspection": {"ingestion", "reading", "states", "table", "utils"},
+        "inspection": {"batches", "ingestion", "reading", "states", "table", "utils"},
         "reading": {"batches", "ingestion", "table", "utils"},
         "states": {"batches", "table", "utils"},
         "datasets": {"ingestion", "utils"},
@@ -148,7 +148,7 @@ ALLOWED = {
         "demo": {"config", "reports", "runtime"},
         "describe": {"config", "reports", "runtime"},
         "ingest": {"config", "runtime"},
-        "verify": {"config", "runtime"},
+        "verify": {"config", "reports", "runtime"},
         "training": {"config", "runtime", "tasks"},
         "tasks": {"config", "runtime"},
         "reports": {"config", "runtime"},

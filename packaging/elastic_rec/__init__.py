@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
     from elastic_rec.models.towers.elastic.causal_tower import CausalTower
     from elastic_rec.models.towers.elastic.tower import ElasticTower
-    from elastic_rec.models.towers.sasrec import Sasrec, SasrecConfig
+    from elastic_rec.models.towers.sasrec import Sasrec
     from elastic_rec.pipeline.config.train import TrainConfig
     from elastic_rec.pipeline.runs import Run, UserStates, load
 
@@ -43,7 +43,6 @@ _HOMES = {
     "TowerConfig": "models.towers.config",
     "ElasticTower": "models.towers.elastic.tower",
     "Sasrec": "models.towers.sasrec",
-    "SasrecConfig": "models.towers.sasrec",
     "TrainConfig": "pipeline.config.train",
     "Run": "pipeline.runs",
     "UserStates": "pipeline.runs",
@@ -62,7 +61,6 @@ __all__ = [
     "RetrievalModel",
     "Run",
     "Sasrec",
-    "SasrecConfig",
     "Store",
     "TowerConfig",
     "TrainConfig",
