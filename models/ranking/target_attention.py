@@ -1,4 +1,4 @@
-"""Peers whose candidate attends over single events of its user, in blocks of bounded memory.
+"""Models whose candidate attends over single events of its user, in blocks of bounded memory.
 
 Deep Interest Network (Zhou et al. 2018, arXiv 1706.06978): over the newest events. SIM (Pi et al. 2020, arXiv
 2006.05639), soft search: over those events only that a first stage found nearest to the candidate; the search takes the

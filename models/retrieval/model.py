@@ -104,9 +104,9 @@ class QueryTime(nn.Module):
 
 
 class QueryHead(nn.Module):
-    """Summary -> the vector whose dot product with an item's embedding is the item's score.
+    """User embedding -> the vector whose dot product with an item's embedding is the item's score.
 
-    every_position: in training, the output of every event instead, (P, D); a prefix's last one is its summary.
+    every_position: in training, the output of every event instead, (P, D); a prefix's last one is its user embedding.
     """
 
     def __init__(self, config: TowerConfig, every_position: bool):
@@ -117,7 +117,7 @@ class QueryHead(nn.Module):
         self.every_position = every_position
 
     def forward(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
-        asked_RD = output.tokens if self.every_position and self.training else output.summary
+        asked_RD = output.tokens if self.every_position and self.training else output.user_embedding
         if self.time is not None:
             asked_RD = self.time(asked_RD, query_gap_s_R)
         return self.project(self.norm(asked_RD))
@@ -229,7 +229,7 @@ class RetrievalModel(nn.Module):
         embedded = self.embeddings(batch.features)
         with self.autocast():
             tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
-            output, state = self.tower.step(*tokens, state, every=False)
+            output, state = self.tower.step(*tokens, state, all_positions=False)
             return self.head(output, batch.query_gap_s).float(), state
 
     def encode(self, batch) -> TowerOutput:
@@ -240,6 +240,7 @@ class RetrievalModel(nn.Module):
     def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
         events_TD = self.events(embedded)
         prefixes = gather_prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
-        every = self.head.every_position and self.training  # else the tower may leave out all but the newest events
+        # Else the tower may leave out all but the newest events.
+        all_positions = self.head.every_position and self.training
         which = (batch.window,) if self.windows else ()
-        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every, *which)
+        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, all_positions, *which)

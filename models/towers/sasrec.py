@@ -150,10 +150,11 @@ class Block(nn.Module):
 
 
 class Sasrec(SequenceTower):
-    """forward(tokens_TD, offsets_B1, times_s_T, every=True) -> TowerOutput. times_s_T is not used: SASRec knows order.
+    """forward(tokens_TD, offsets_B1, times_s_T, all_positions=True) -> TowerOutput.
 
-    interests (B, 1, D) is the summary again; summary (B, D) is the output of the user's newest event, zeros for a user
-    without events. every=False leaves out most of the last block as well.
+    times_s_T is not used: SASRec knows the order of events only. user_embedding (B, D) is the output of the user's
+    newest event, zeros for a user without events, and interests (B, 1, D) the same again. all_positions=False leaves
+    out most of the last block as well.
     Positions count from the end of each history, so an event's output depends on how many events follow, never on
     which. ValueError: a history of more than max_history events.
     attention: `sdpa`, or `naive` to see what the fused kernel saves.
@@ -174,7 +175,7 @@ class Sasrec(SequenceTower):
         return cls(config, max_history=max_history)
 
     def forward(
-        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = True
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, all_positions: bool = True
     ) -> TowerOutput:
         groups = Groups.build(offsets_B1)
         longest = max((n for _, n in groups.shapes), default=0)
@@ -183,9 +184,9 @@ class Sasrec(SequenceTower):
                 f"a history of {longest} events, but SASRec was made with positions for {len(self.position)}: give "
                 "each user's newest ones, or train with data.max_history set higher"
             )
-        summary_BD = tokens_TD.new_zeros(offsets_B1.numel() - 1, tokens_TD.shape[1])
+        user_BD = tokens_TD.new_zeros(offsets_B1.numel() - 1, tokens_TD.shape[1])
         if not groups.shapes:
-            return TowerOutput(summary_BD[:, None], summary_BD, tokens_TD if every else None)
+            return TowerOutput(user_BD[:, None], user_BD, tokens_TD if all_positions else None)
         T = tokens_TD.shape[0]
         end_T = offsets_B1[1:].repeat_interleave(offsets_B1.diff(), output_size=T)
         position_T = end_T - 1 - torch.arange(T, device=tokens_TD.device)
@@ -193,10 +194,10 @@ class Sasrec(SequenceTower):
         last_U = offsets_B1[groups.order_U + 1] - 1
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, groups)
-        if every:
+        if all_positions:
             outputs_TD = self.norm(self.blocks[-1](x_TD, groups))
             newest_UD = outputs_TD.index_select(0, last_U)
         else:
             outputs_TD, newest_UD = None, self.norm(self.blocks[-1].newest(x_TD, groups, last_U))
-        summary_BD = summary_BD.to(newest_UD.dtype).index_copy(0, groups.order_U, newest_UD)
-        return TowerOutput(summary_BD[:, None], summary_BD, outputs_TD)
+        user_BD = user_BD.to(newest_UD.dtype).index_copy(0, groups.order_U, newest_UD)
+        return TowerOutput(user_BD[:, None], user_BD, outputs_TD)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 
 BLOCK_EVENTS = 4096  # worked on at a time: their scores stay in a CPU's cache, and bound the memory of an inner result
 

@@ -38,14 +38,14 @@ class Partial(NamedTuple):
         return Partial(*(tensor.index_select(0, index) for tensor in self))
 
 
-def combine(first: Partial, second: Partial, rate_HK: torch.Tensor) -> Partial:
-    """Two adjacent stretches as one; associative. rate_HK: decay per second, ln 2 / half-life.
+def combine(first: Partial, second: Partial, decay_per_s_HK: torch.Tensor) -> Partial:
+    """Two adjacent stretches as one; associative. decay_per_s_HK: ln 2 / half-life.
 
     The first fades by the seconds between the two clocks. The result's clock is the second's, unless that is empty.
     """
     is_empty_R = second.norm_RHK.flatten(1).eq(0).all(1)
     clock_R = torch.where(is_empty_R, first.clock_R, second.clock_R)
-    fade_R = (clock_R - first.clock_R).double()[:, None, None] * rate_HK.double()
+    fade_R = (clock_R - first.clock_R).double()[:, None, None] * decay_per_s_HK.double()
     max_first_RHK = first.max_RHK - fade_R
     max_RHK = torch.maximum(max_first_RHK, second.max_RHK)
     scale_first = (max_first_RHK - max_RHK).exp().to(first.norm_RHK.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 
 
 def aggregate(

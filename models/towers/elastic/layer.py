@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from elastic_rec.models.dropout import Dropout
-from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import lda_aggregate, lda_dispatch
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import TowerConfig
 
 

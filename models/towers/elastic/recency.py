@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import Time, TowerConfig
 
 NUM_EXACT = 16  # the newest events get a bucket each; behind them two buckets per doubling

@@ -1,6 +1,6 @@
 """suite=streaming: what a new event costs a user with a long past, and what a whole long past costs.
 
-Folds: per number of past events one state; a call folds one event into it, reads the user's summary and ranks the
+Folds: per number of past events one state; a call folds one event into it, reads the user embedding and ranks the
 catalogue. A sample is as many calls in a row as a chunk has events, so that each sees an open chunk of every length.
 Samples of all lengths take turns, in an order that rotates.
 Passes: one user's whole history through `step`, in a process of its own per length, whose resident memory is watched.
@@ -95,7 +95,7 @@ def _fold_all(tower: CausalTower, state: UserState, newest_s: int, new_CD, catal
     start = time.perf_counter()
     for number, token_1D in enumerate(new_CD.split(1)):
         output, state = tower.step(token_1D, one_B1, torch.tensor([newest_s + 60 * (number + 1)]), state, False)
-        (output.summary @ catalogue_VD.T).topk(TOP_K)
+        (output.user_embedding @ catalogue_VD.T).topk(TOP_K)
     return (time.perf_counter() - start) / len(new_CD)
 
 

@@ -101,7 +101,7 @@ def _markdown(folds: list[Fold], passes: list[Pass], context: dict, verdicts: li
         f"after. Width {model['width']}, heads {model['heads']}, layers {model['layers']}, K = {model['experts']}, "
         f"chunk {model['chunk']}, memory {slots}, float32, one user. Allocator: {context['allocator']}.",
         "",
-        f"A fold: a new event into the state, then the summary against {suite['catalogue']:,} items and its best ten. "
+        f"A fold: a new event into the state, then the user against {suite['catalogue']:,} items and its best ten. "
         f"Median of {suite['repetitions']} rounds in which lengths take turns, {model['chunk']} folds per sample.",
         "",
         "| past events | fold and rescore | bytes of the state |",

@@ -1,4 +1,4 @@
-"""Tiles: a jagged batch cut in pieces of one size, so that batched matrix products can run on it.
+"""Tiles: a jagged batch cut into parts of one size, so that batched matrix products can run on it.
 
 Legend: B users (or prefixes), T their events laid end to end, C events per tile, N tiles.
 
