@@ -53,7 +53,7 @@ class NextItemTask:
         """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib)."""
         torch.manual_seed(self.config.run.seed)
         tables = [EventTable(name, self.rows[name]) for name in self.columns]
-        if self.config.model.time is not Time.none:
+        if self.config.model.time is not Time.none and not self.config.model.kind.embeds_gaps:
             tables.append(EventTable("gap", NUM_GAP_BUCKETS))
         rows = sum(table.num_rows for table in tables) + self.config.memory.enabled * self.config.memory.num_keys**2
         return RetrievalModel(
