@@ -62,10 +62,12 @@ class TileLayout:
 
     @property
     def num_users(self) -> int:
+        """Users, those without events included, B."""
         return self.offsets_B1.numel() - 1
 
     @property
     def num_tokens(self) -> int:
+        """Events of all users, T."""
         return self.user_T.numel()
 
     def to_tiles(self, tokens: torch.Tensor) -> torch.Tensor:

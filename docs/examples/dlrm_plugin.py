@@ -5,7 +5,7 @@
 Nothing of elastic_rec is used but its models. The rest is a plain TorchRec script: tables declared, sharded by the
 planner, updated in backward; it trains twice, without the tower and with it, on the same planted clicks.
 
-Planted: each user likes one of 8 groups of 10 items, and only his history tells which. A click is likely on a
+Planted: each user likes one of 8 groups of 10 items, and only the history tells which. A click is likely on a
 candidate of that group; a dense feature, the candidate's quality, adds something for both models.
 """
 

@@ -11,9 +11,9 @@ V vectors per candidate, X = V*D, S heads.
 A reader may have several views of what it read, for a head each: S heads, each trained by itself, their logits
 averaged. The tower has two, all it read and the moments alone: in one head the rest drowns them (docs/lab-log.md).
 
-The batch (feature_store's ImpressionBatch, with one empty bag behind item_context) is taken by its fields. A user's
-events are embedded and encoded once, however many impressions and candidates he has in the batch. `RankingModel` owns
-sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
+The batch (feature_store's ImpressionBatch, with one empty bag after item_context) is taken by its fields. A user's
+events are embedded and encoded once, however many impressions and candidates they have in the batch. `RankingModel`
+owns sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
 """
 
 from __future__ import annotations
@@ -242,6 +242,7 @@ class RankingModel(nn.Module):
         return loss[0], (logits_SCL.mean(0), loss[1], loss[2])
 
     def score(self, batch) -> torch.Tensor:
+        """Logits (C, L), float32: the mean over heads."""
         return self.logits(batch).float().mean(0)
 
     def logits(self, batch) -> torch.Tensor:

@@ -80,11 +80,11 @@ def gather_prefixes(
 
 
 class QueryTime(nn.Module):
-    """What a user wants depends on when he is asked: forward(asked_RD, gap_s_R) -> asked_RD, updated (ours).
+    """What a user wants depends on when they are asked: forward(asked_RD, gap_s_R) -> asked_RD, updated (ours).
 
         h = norm(asked) W1;   asked + gelu(h · (1 + scale[gap]) + shift[gap]) W2      gap in powers of two, -1: unknown
 
-    Behind the tower, so that a user's state holds no query's time and one state serves queries at any time.
+    After the tower, so that a user's state holds no query's time and one state serves queries at any time.
     """
 
     def __init__(self, config: TowerConfig):
@@ -147,7 +147,7 @@ class RetrievalModel(nn.Module):
     score(item) = query . item_table[item].
 
     tables: "item" first, then one per further column of an event (the time gap is such a column).
-    every_position: train on a target behind every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
+    every_position: train on a target after every event: targets, weights, query_gap_s are (P,), and so is loss_R. For
         causal towers only.
     windows: histories come in windows (batch.window), and forward or query must be called with all of them in order;
         the last query is the users'. Causal only.
@@ -220,6 +220,7 @@ class RetrievalModel(nn.Module):
         return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
+        """Query vectors (R, D), float32, one per prefix; an item's score is its dot product with the item's row."""
         output = self.encode(batch)
         with self.autocast():
             return self.head(output, batch.query_gap_s).float()
@@ -233,6 +234,7 @@ class RetrievalModel(nn.Module):
             return self.head(output, batch.query_gap_s).float(), state
 
     def encode(self, batch) -> TowerOutput:
+        """The tower's output for each prefix."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
             return self._encode(embedded, batch)

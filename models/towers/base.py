@@ -36,7 +36,7 @@ class SequenceTower(nn.Module):
     b's events are [offsets[b], offsets[b+1]), [0, 3, 3, 5] for three users with 3, 0 and 2 events. times_s_T: int64
     seconds. all_positions: an output at each event is asked for; False leaves out `tokens`, and the work for them.
 
-    What a tower can do stands in class attributes, which models and pipeline ask for instead of its name:
+    Class attributes tell what a tower can do; models and pipeline ask for them, not for names:
     is_causal      an event's output depends on no later event, so that it can be asked for and trained at each event
     has_states     a user can be continued (`step`), read at several moments of one pass (`readings`), and has moments
     has_memory     it can start from an interest memory

@@ -74,6 +74,7 @@ class Groups:
         return x_TD if self.plain else x_TD.index_select(0, self.token_S)
 
     def to_tokens(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """(S, D) -> (T, D): padding slots are dropped."""
         return x_SD if self.plain else x_SD.index_select(0, self.slot_T)
 
 
@@ -94,6 +95,8 @@ def naive(query_BHNd, key_BHNd, value_BHNd, *, causal: bool, mask: torch.Tensor 
 
 
 class Block(nn.Module):
+    """A pre-norm block: forward(x_TD, groups) -> (T, D); `newest` gives the newest events' outputs alone."""
+
     def __init__(self, config: TowerConfig, attention: Callable[..., torch.Tensor]):
         super().__init__()
         width, hidden = config.width, config.ffn_multiple * config.width
@@ -131,7 +134,7 @@ class Block(nn.Module):
         for users, longest in groups.shapes:
             query_BH1d = self._split(query_UD[first : first + users], users, 1)[0]
             key_BHNd, value_BHNd = self._split(kv_SX[start : start + users * longest], users, longest)
-            mask = None  # a padding slot lies behind the newest event, but without causal=True it would be seen
+            mask = None  # a padding slot lies after the newest event, but without causal=True it would be seen
             if not groups.plain:
                 place_N = torch.arange(longest, device=x_TD.device)
                 mask = (place_N < groups.lengths_U[first : first + users, None])[:, None, None]

@@ -2,7 +2,7 @@
 
 Legend as in __init__. No number of a boundary depends on a later event, nor on how many there are: products are per
 chunk, the scan's maximum runs forward only, and masked weights are exact zeros.
-A chunk's weights are made anew in the backward pass: only the arguments are kept for it.
+A chunk's weights are made again in the backward pass: only the arguments are kept for it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def aggregate(
     chunks: Chunks,
     start: Partial | None,
 ) -> Partial:
+    """The fast form of `causal_aggregate`: see there."""
     H, K, d = expert_query_HKd.shape
     B, R = chunks.tiles.num_users, chunks.num_boundaries
     wide = torch.promote_types(torch.float32, qkv_T3Hd.dtype)

@@ -83,10 +83,12 @@ class Chunks:
 
     @property
     def chunk(self) -> int:
+        """Events per chunk, C."""
         return self.tiles.valid_NC.shape[1]
 
     @property
     def num_boundaries(self) -> int:
+        """Boundaries of all users, R."""
         return self.first_R.numel()
 
     def last_of_chunk_N(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a stretch of events leaves behind for an expert: a running softmax-weighted sum that can be continued."""
+"""What a run of events leaves for an expert: a running softmax-weighted sum that can be continued."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Partial(NamedTuple):
 
     @staticmethod
     def empty(rows: int, heads: int, experts: int, width: int, *, dtype=torch.float32, device=None) -> Partial:
+        """What no event leaves, in each of some rows."""
         return Partial(
             torch.full((rows, heads, experts), EMPTY, dtype=torch.float64, device=device),
             torch.zeros(rows, heads, experts, dtype=dtype, device=device),
@@ -35,6 +36,7 @@ class Partial(NamedTuple):
         return self.sum_RHKe / (self.norm_RHK + (self.norm_RHK == 0))[..., None]
 
     def rows(self, index: torch.Tensor) -> Partial:
+        """Some rows, in any order; index (X,) int64."""
         return Partial(*(tensor.index_select(0, index) for tensor in self))
 
 

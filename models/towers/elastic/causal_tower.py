@@ -80,6 +80,8 @@ class ReadOut(NamedTuple):
 
 
 class CausalReadout(nn.Module):
+    """forward(depth, moments_Brf, all_positions) -> ReadOut: a row per user, or per reading where there are some."""
+
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.width)

@@ -58,6 +58,7 @@ class SlotChooser(nn.Module):
     """From contexts to slots, what both towers' selection shares. In training, counts the picks (`usage`)."""
 
     def add_query(self, config: TowerConfig, memory: MemoryConfig) -> None:
+        """Makes the query map, the sub-keys and the counts. Called last, after what else the class makes."""
         self.heads, self.top_r = memory.heads, memory.top_r
         width, half = config.width, config.width // 2
         self.query = nn.Linear(width, memory.heads * width, bias=False)
@@ -66,6 +67,7 @@ class SlotChooser(nn.Module):
         self.register_buffer("counts", torch.zeros(memory.num_slots, dtype=torch.int32), persistent=False)
 
     def choose(self, context_BKD: torch.Tensor, seeds_BKD: torch.Tensor, has_events_B: torch.Tensor) -> Selection:
+        """The slots that rows of contexts ask for. has_events_B: rows that count as use of their slots."""
         B, K, D = context_BKD.shape
         query_QHD = self.norm_query(self.query(context_BKD).view(B * K, self.heads, D))
         slot_ids_QHr, scores_QHr = product_key_topk(query_QHD, self.subkeys, self.top_r)

@@ -27,7 +27,7 @@ MICRO_BATCH_EVENTS = {"cpu": 1 << 14, "cuda": 1 << 19}
 
 
 class MicroBatch(NamedTuple):
-    """Users [first, end), events [start, stop). follows, followed: the one user has events before, behind it."""
+    """Users [first, end), events [start, stop). follows, followed: the one user has events before, after it."""
 
     first: int
     end: int
