@@ -70,7 +70,7 @@ def every_batch(seed=0):
     return batch
 
 
-def run(tower, tokens_TD, offsets_B1, times_s_T, cuts, *, dtype=torch.float32, through_bytes=False, every=True):
+def run(tower, tokens_TD, offsets_B1, times_s_T, cuts, *, dtype=torch.float32, through_bytes=False, all_positions=True):
     """Feed all users at once. cuts: at step i each user has had its first cuts[i] events (a list: one per user)."""
     starts, ends = offsets_B1[:-1], offsets_B1[1:]
     state = tower.init_state(len(starts), dtype=dtype)
@@ -79,9 +79,9 @@ def run(tower, tokens_TD, offsets_B1, times_s_T, cuts, *, dtype=torch.float32, t
         until = torch.minimum(starts + torch.tensor(cut), ends)
         rows = torch.cat([torch.arange(a, b) for a, b in zip(done.tolist(), until.tolist(), strict=True)])
         new_B1 = torch.cat([torch.zeros(1, dtype=torch.int64), (until - done).cumsum(0)])
-        out, state = tower.step(tokens_TD[rows], new_B1, times_s_T[rows], state, every)
+        out, state = tower.step(tokens_TD[rows], new_B1, times_s_T[rows], state, all_positions)
         if through_bytes:
             state = UserState.from_bytes(state.to_bytes(), tower)
-        tokens = tokens.index_copy(0, rows, out.tokens) if every else tokens
+        tokens = tokens.index_copy(0, rows, out.tokens) if all_positions else tokens
         done = until
     return tokens, out, state

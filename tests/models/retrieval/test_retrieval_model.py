@@ -92,7 +92,9 @@ def test_the_time_of_the_query_moves_the_query_only_where_it_was_asked_for(kind)
         if time == "query":
             torch.nn.init.normal_(model.head.time.by_gap)
         assert torch.equal(model.query(batch), model.query(later)) is (time != "query")
-        assert torch.equal(model.encode(batch).summary, model.encode(later).summary)  # a state holds no query's time
+        assert torch.equal(
+            model.encode(batch).user_embedding, model.encode(later).user_embedding
+        )  # a state holds no query's time
 
 
 def softmax_inputs(R=6, V=30, D=8):

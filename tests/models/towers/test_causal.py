@@ -93,22 +93,24 @@ def test_later_events_change_no_bit(memory):
         assert torch.equal(after[: t + 1], before[: t + 1]) and (t == 76 or not torch.equal(after, before))
         cut = tower(tokens_TD[: t + 1], torch.tensor([0, 40, t + 1]), times_s_T[: t + 1])
         assert torch.equal(cut.tokens, before[: t + 1])
-        assert torch.equal(cut.summary[1], before[t])
+        assert torch.equal(cut.user_embedding[1], before[t])
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("lengths", [LENGTHS, [0], [0, 0, 3 * C]])
 def test_newest_events_only_are_the_same_for_less(lengths, layers):
-    """every=False: summary, interests and all gradients as with every output; the last layer's hardly cost anything."""
+    """all_positions=False: the same embeddings, interests and gradients; the last layer's hardly cost anything."""
     tower, batch = make_tower(layers=layers), events(lengths)
     results = []
-    for every in (True, False):
+    for all_positions in (True, False):
         batch[0].grad = None
         tower.zero_grad()
-        out = tower(batch[0].requires_grad_(True), *batch[1:], every=every)
-        assert (out.tokens is None) == (not every)
-        (out.summary.square().mul(torch.arange(D)).sum() + out.interests.square().mul(torch.arange(D)).sum()).backward()
-        results.append([out.summary, out.interests, batch[0].grad, *(p.grad for p in tower.parameters())])
+        out = tower(batch[0].requires_grad_(True), *batch[1:], all_positions=all_positions)
+        assert (out.tokens is None) == (not all_positions)
+        (
+            out.user_embedding.square().mul(torch.arange(D)).sum() + out.interests.square().mul(torch.arange(D)).sum()
+        ).backward()
+        results.append([out.user_embedding, out.interests, batch[0].grad, *(p.grad for p in tower.parameters())])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(
             got, want, rtol=1e-4, atol=1e-5 * max(want.abs().max().item(), 1) if want.numel() else 0
@@ -155,19 +157,19 @@ def test_neighbours_change_nothing(memory):
     for got in (alone, beside_nan):
         torch.testing.assert_close(got.tokens[-37:], out.tokens[start:], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got.interests[-1], out.interests[-1], rtol=1e-6, atol=1e-6)
-        assert torch.equal(got.summary[-1], got.tokens[-1])
+        assert torch.equal(got.user_embedding[-1], got.tokens[-1])
 
 
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("lengths", [LENGTHS, [0, 5, 0], [1], [0], [0, 0]])
 def test_every_parameter_has_a_gradient_in_every_batch(lengths, memory):
-    """From the summary alone, as the retrieval head uses it: DistributedDataParallel waits for parameters left out."""
+    """From the user embedding alone, as the retrieval head uses it: DDP waits for parameters that are left out."""
     tower = make_tower(memory=memory, dropout=0.1)
     tokens_TD, offsets_B1, times_s_T = events(lengths)
     out = tower(tokens_TD.requires_grad_(True), offsets_B1, times_s_T)
-    assert out.interests.shape == (len(lengths), K, D) and out.summary.shape == (len(lengths), D)
+    assert out.interests.shape == (len(lengths), K, D) and out.user_embedding.shape == (len(lengths), D)
     assert out.tokens.shape == tokens_TD.shape
-    out.summary.square().mul(torch.arange(D)).sum().backward()
+    out.user_embedding.square().mul(torch.arange(D)).sum().backward()
     for name, parameter in tower.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert lengths is not LENGTHS or parameter.grad.abs().sum() > 0, name
@@ -221,7 +223,7 @@ def test_the_retrieval_model_takes_either_tower():
     with pytest.raises(ValueError, match=r"model\.tower=elastic trains on the answer"):
         make_model("elastic", every_position=True)
     with pytest.raises(ValueError, match=r"set model\.tower=elastic_causal"):
-        paper.tower(torch.zeros(1, 16), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64), every=True)
+        paper.tower(torch.zeros(1, 16), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64), all_positions=True)
 
 
 def test_a_loss_at_every_position_is_that_of_each_prefix():
@@ -293,7 +295,7 @@ def test_it_learns_what_happened_long_ago():
         tokens_BND = torch.zeros(32, 64, D)
         tokens_BND[:, 1:, : D // 2] = torch.randn(32, 63, D // 2, generator=g)
         tokens_BND[:, 0, D // 2 :] = marks[answer_B]
-        logits = head(tower(tokens_BND.flatten(0, 1), offsets_B1, times_s_T).summary)
+        logits = head(tower(tokens_BND.flatten(0, 1), offsets_B1, times_s_T).user_embedding)
         loss = F.cross_entropy(logits, answer_B)
         optimizer.zero_grad()
         loss.backward()
