@@ -163,7 +163,7 @@ class DuckEngine(DuckSession):
         return self._one(f"DELETE FROM raw WHERE rowid IN ({rowids})")
 
     def _duplicates(self) -> int:
-        """Events behind the first one with their user, timestamp and event_id. None where the log has no event_id: two
+        """Counts events after the first with their user, time and event_id. None where the log has no event_id: two
         equal events may both have happened. These are neighbours in the store's order, so an event_id need only be
         unique within its user and time."""
         if "event_id" not in self._roles:
