@@ -11,13 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elastic_rec.feature_store.ingestion.append import append
-    from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
-    from elastic_rec.feature_store.ingestion.create import ingest
-    from elastic_rec.feature_store.reading.history_reader import HistoryReader
-    from elastic_rec.feature_store.reading.impression_reader import ImpressionReader
-    from elastic_rec.feature_store.reading.lookup import HistoryLookup
-    from elastic_rec.feature_store.table.store import Store
+    from elastic_rec.feature_store.ingestion.append import append as append
+    from elastic_rec.feature_store.ingestion.config import AppendConfig as AppendConfig
+    from elastic_rec.feature_store.ingestion.config import IngestConfig as IngestConfig
+    from elastic_rec.feature_store.ingestion.create import ingest as ingest
+    from elastic_rec.feature_store.reading.history_reader import HistoryReader as HistoryReader
+    from elastic_rec.feature_store.reading.impression_reader import ImpressionReader as ImpressionReader
+    from elastic_rec.feature_store.reading.lookup import HistoryLookup as HistoryLookup
+    from elastic_rec.feature_store.table.store import Store as Store
 
 _MODULES = {
     "AppendConfig": "ingestion.config",
@@ -30,16 +31,7 @@ _MODULES = {
     "ingest": "ingestion.create",
 }
 
-__all__ = [
-    "AppendConfig",
-    "HistoryLookup",
-    "HistoryReader",
-    "ImpressionReader",
-    "IngestConfig",
-    "Store",
-    "append",
-    "ingest",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

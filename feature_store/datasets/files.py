@@ -6,7 +6,7 @@
     FOLDER/complete.json    the commit marker: bytes and sha256 of every other file
 
 A folder is written aside and renamed into place, so it is there whole or not at all. A folder whose
-marker is missing or does not fit its files is never read; it is written anew.
+marker is missing or does not fit its files is never read; it is written again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.scratch import scratch_folder
 
 MARKER = "complete.json"
-FORMAT = 1  # raise it when the converted files change, so that older caches are made anew
+FORMAT = 1  # raise it when the converted files change, so that older caches are made again
 EVENTS = "events.parquet"
 OPTIONAL = {"items": "items.parquet", "users": "users.parquet", "bayes": "bayes.json"}
 OURS = {MARKER, EVENTS, *OPTIONAL.values()}
@@ -71,7 +71,7 @@ def open_folder(folder: Path, *, key: dict) -> EventFiles | None:
         figures = {field: marker[field] for field in ("name", "source", "num_events")}
         return EventFiles(events=folder / EVENTS, **there, **figures)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # unfinished, cut off, or not ours: the caller makes it anew
+        return None  # unfinished, cut off, or not ours: the caller makes it again
 
 
 @contextmanager

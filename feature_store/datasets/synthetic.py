@@ -40,8 +40,8 @@ YEAR_S = 365 * 24 * 3600
 def generate(config: SyntheticConfig, out_dir: str | Path) -> EventFiles:
     """Writes events, items and bayes.json into the folder `out_dir`, unless this very set is there already.
 
-    events: user_id (1..), item_id (1..V), timestamp (int64 s, strictly rising per user), and with lag > 0 action; users
-        one behind the other, each in time order. Memory does not grow with the number of users or with the lag.
+    events: user_id (1..), item_id (1..V), timestamp (int64 s, strictly rising per user), and with lag > 0 action; user
+        after user, each in time order. Memory does not grow with the number of users or with the lag.
     items: item_id, interest, rank (the hidden truth: for judging, not for training).
     Raises DataError if out_dir holds something else or cannot be written.
     """

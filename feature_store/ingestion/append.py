@@ -1,6 +1,6 @@
 """A new day's events folded into a store: the next version, all or nothing.
 
-Buckets that get events are written anew beside the old ones (copy-on-write), the others are shared. Data files first,
+Buckets that get events are written again beside the old ones (copy-on-write), the others are shared. Data files first,
 then their manifest, then manifest.json (versions.py): whatever moment the process dies at, the current version
 stays whole, and running the append again finishes it.
 """
@@ -18,7 +18,7 @@ from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.merge import MergeEngine
 from elastic_rec.feature_store.ingestion.sources import NAMED_ROLES
 from elastic_rec.feature_store.ingestion.writer import write_sorted, write_vocabularies
-from elastic_rec.feature_store.table.format import HistoryFile, SourceFile, VocabularyFile
+from elastic_rec.feature_store.table.format import HistoryFile, HistoryManifest, SourceFile, VocabularyFile
 from elastic_rec.feature_store.table.location import Location
 from elastic_rec.feature_store.table.manifest import check_digest
 from elastic_rec.feature_store.table.schema import history_schema
@@ -41,13 +41,13 @@ def append(config: AppendConfig) -> dict:
             _refuse_known(paths, base)
         with append_folder(root) as work:
             merged = _merge(settings, base, paths, format, work)
-            figures = _publish(base, merged, work) if merged.counts else _nothing_new(base, merged)
+            manifest = _publish(base, merged, work) if merged.data else base.manifest
     seconds = time.perf_counter() - began
-    rate = round(figures["read_events"] / seconds)
+    rate = round(merged.read_events / seconds)
     peak = peak_memory_bytes()
     return {
         "store": str(config.store),
-        **figures,
+        **_figures(manifest, merged),
         "seconds": round(seconds, 3),
         "events_per_s": rate,
         "peak_memory_bytes": peak,
@@ -58,13 +58,13 @@ def _settings(config: AppendConfig, base: Store) -> IngestConfig:
     """How the store was made, for new input; DataError where the store cannot grow."""
     stored = base.manifest
     if stored.row_group_events is None:
-        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest everything anew")
+        raise DataError(f"{base.path}: written before appends (no digests of its input); ingest everything again")
     columns, filters = stored.source.columns, stored.filters
     for name in ("min_user_events", "min_item_events", "max_history"):
         if (value := filters.get(name, none := getattr(IngestConfig(), name))) > none:
             raise DataError(
                 f"{base.path} was made with {name}={value}: what was dropped then is not in it and might be kept "
-                f"today. Make the store with {name}={none} to append to it, or ingest everything anew"
+                f"today. Make the store with {name}={none} to append to it, or ingest everything again"
             )
     for name in ("out_of_order", "gaps"):
         if getattr(config.checks, name) is Policy.drop:
@@ -107,8 +107,8 @@ def _refuse_known(paths: list[Location], base: Store) -> None:
 class Merged(NamedTuple):
     """What came of the new events, in files of the work folder that nothing refers to yet.
 
-    read_events: of the input. old: entries of the data files that `data` replaces. counts: as MergeEngine.fold gives
-    them, None where every event was known or dropped. outside: events dropped by the time range.
+    read_events: of the input. old: entries of the data files that `data` replaces; none where every event was known
+    or dropped. counts: as MergeEngine.fold gives them. outside: events dropped by the time range.
     """
 
     inputs: list[SourceFile]
@@ -119,7 +119,7 @@ class Merged(NamedTuple):
     old: list[HistoryFile]
     data: list[HistoryFile]
     vocabularies: dict[str, VocabularyFile]
-    counts: dict[str, int] | None
+    counts: dict[str, int]
 
 
 def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str, work: Path) -> Merged:
@@ -146,7 +146,9 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
         checks["duplicates"] += (known := engine.drop_known(list(copies.values())))
         duplicates = checks["duplicates"] if config.checks.duplicates is Policy.drop else known
         if not engine.num_staged():
-            return Merged(inputs, read_events, checks, duplicates, outside, [], [], {}, None)
+            counts = {"appended_events": 0, "users": base.num_users, "new_users": 0}
+            counts |= {"items": base.vocabulary("item").size - FIRST, "new_items": 0}
+            return Merged(inputs, read_events, checks, duplicates, outside, [], [], {}, counts)
         old = _pick(old_files, engine.touched_buckets())
         counts = engine.fold(min_vocabulary_count=config.min_vocabulary_count)
         vocabularies = write_vocabularies(map(engine.vocabulary, base.manifest.vocabularies), work)
@@ -162,10 +164,10 @@ def _merge(config: IngestConfig, base: Store, paths: list[Location], format: str
     return Merged(inputs, read_events, checks | order_checks, duplicates, outside, old, data, vocabularies, counts)
 
 
-def _publish(base: Store, merged: Merged, work: Path) -> dict:
-    """The next version, from the files in `work`; returns its figures."""
-    root, counts = base.path, merged.counts
-    expected = _num_events(merged.old) + counts["appended_events"]
+def _publish(base: Store, merged: Merged, work: Path) -> HistoryManifest:
+    """Makes the next version, from the files in `work`, the current one."""
+    root = base.path
+    expected = _num_events(merged.old) + merged.counts["appended_events"]
     if (found := _num_events(merged.data)) != expected:
         raise DataError(
             f"{root}: {expected} events went in and {found} came out; nothing was appended. This is a fault of the "
@@ -182,7 +184,7 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
         base.manifest,
         version=version,
         parent=base.manifest.hash,
-        num_users=counts["users"],
+        num_users=merged.counts["users"],
         num_events=_num_events(files),
         files=files,
         vocabularies=merged.vocabularies,
@@ -190,48 +192,32 @@ def _publish(base: Store, merged: Merged, work: Path) -> dict:
         filters=filters | {name: filters[name] + more for name, more in dropped.items()},
         checks=merged.checks,
     )
-    manifest = publish(root, manifest, work=work)
+    return publish(root, manifest, work=work)
+
+
+def _figures(manifest: HistoryManifest, merged: Merged) -> dict:
+    """Of an append that made `manifest` the current one, or left it so."""
+    appended = merged.counts["appended_events"]
     data_bytes = sum(entry.bytes for entry in merged.data)
     written_bytes = data_bytes + sum(entry.bytes for entry in merged.vocabularies.values())
-    appended_bytes = data_bytes * counts["appended_events"] / expected
+    appended_bytes = data_bytes * appended / max(1, _num_events(merged.data))
     return {
-        "version": version,
+        "version": manifest.version,
         "hash": manifest.hash,
         "read_events": merged.read_events,
         "dropped_duplicates": merged.duplicates,
         "checks": merged.checks,
-        **counts,
+        **merged.counts,
         "events": manifest.num_events,
         "rewritten_files": len(merged.data),
         "written_bytes": written_bytes,
         "appended_bytes": round(appended_bytes),
-        "write_amplification": round(written_bytes / appended_bytes, 2),
+        "write_amplification": round(written_bytes / appended_bytes, 2) if appended else 0.0,
     }
 
 
 def _num_events(entries: list[HistoryFile]) -> int:
     return sum(entry.num_events for entry in entries)
-
-
-def _nothing_new(base: Store, merged: Merged) -> dict:
-    """Every event was there already, or dropped: the current version stays the current one."""
-    return {
-        "version": base.version,
-        "hash": base.manifest.hash,
-        "read_events": merged.read_events,
-        "dropped_duplicates": merged.duplicates,
-        "checks": merged.checks,
-        "appended_events": 0,
-        "users": base.num_users,
-        "new_users": 0,
-        "items": base.vocabulary("item").size - FIRST,
-        "new_items": 0,
-        "events": base.num_events,
-        "rewritten_files": 0,
-        "written_bytes": 0,
-        "appended_bytes": 0,
-        "write_amplification": 0.0,
-    }
 
 
 def _pick(files: dict[int, HistoryFile], buckets: set[int]) -> list[HistoryFile]:

@@ -8,7 +8,7 @@
 | future_times | its time is after `future_after`                             | fail, drop, keep |
 | wrong_clock  | all times of its file look like another unit (file_clock.py) | fail, keep       |
 | duplicates   | user, time and event id are those of an earlier event        | fail, drop, keep |
-| out_of_order | it stands in the input behind a newer event of its user      | fail, drop, keep |
+| out_of_order | in the input it comes after a newer event of its user        | fail, drop, keep |
 | gaps         | more than `max_gap_days` lie between it and the user's next  | fail, drop, keep |
 
 drop, for a gap: what lies before it, so the newest stretch stays. Every event is sorted in any case; out_of_order only
@@ -163,10 +163,10 @@ def late_events(times: np.ndarray, place: np.ndarray, users: np.ndarray) -> np.n
     place = np.where(old, place - BEFORE_ALL_INPUT, place)
     place = np.where(old, place, place + (place[old].max(initial=-1) + 1))
     span = place.max(initial=0) + 1
-    shifted = place + users * span  # of any two users the former has the smaller numbers: the minimum starts anew
+    shifted = place + users * span  # of any two users the former has the smaller numbers, so none of its is the minimum
     least = np.minimum.accumulate(shifted[::-1])[::-1]
     new_run = np.append(np.flatnonzero((np.diff(times) != 0) | (np.diff(users) != 0)) + 1, len(times))
-    behind = np.repeat(new_run, np.diff(np.append(0, new_run)))  # the first event after those of equal time
-    has_newer = behind < len(times)
-    behind = np.minimum(behind, len(times) - 1)
-    return has_newer & (users[behind] == users) & (least[behind] < shifted)
+    after = np.repeat(new_run, np.diff(np.append(0, new_run)))  # the first event after those of equal time
+    has_newer = after < len(times)
+    after = np.minimum(after, len(times) - 1)
+    return has_newer & (users[after] == users) & (least[after] < shifted)

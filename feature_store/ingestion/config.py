@@ -128,6 +128,10 @@ class IngestConfig(ReadConfig):
         )
         return first, end
 
+    def event_types(self, event_id_type: str | None) -> dict[str, str]:
+        """Leaf of a stored event -> its type, in the order of the struct (table/schema.py)."""
+        return schema.event_types(event_id_type=event_id_type, context_columns=self.context_columns)
+
     def roles(self) -> dict[str, str]:
         """role -> input column, event columns with a vocabulary in the order of the store's struct."""
         roles = {"user": self.user_column, "item": self.item_column, "timestamp": self.timestamp_column}

@@ -20,7 +20,7 @@ from elastic_rec.feature_store.ingestion.inputs import find_inputs
 from elastic_rec.feature_store.ingestion.writer import write_vocabularies
 from elastic_rec.feature_store.table.format import HistoryManifest, HistorySchema, Source
 from elastic_rec.feature_store.table.location import Location
-from elastic_rec.feature_store.table.schema import event_types, history_schema
+from elastic_rec.feature_store.table.schema import history_schema
 from elastic_rec.feature_store.table.staging import LocalStaging, RemoteStaging, stage
 from elastic_rec.feature_store.utils.atomic_write import at_place
 from elastic_rec.feature_store.utils.errors import DataError
@@ -84,7 +84,7 @@ def _build(
             )
         columns = ["user", "item", *config.context_columns]
         vocabularies = write_vocabularies(map(engine.vocabulary, columns), staging.root)
-        events = event_types(event_id_type=engine.id_type("event_id"), context_columns=config.context_columns)
+        events = config.event_types(engine.id_type("event_id"))
         stored = HistorySchema(user_id=engine.id_type("user"), events=events)
         files, order_checks = engine.write(
             staging,

@@ -46,7 +46,7 @@ class MergeEngine(DuckEngine):
             if wrong is not None:
                 raise DataError(
                     f"input has {role} {wrong!r}, but {self._base.path} holds integers there; drop such rows, or "
-                    "ingest everything anew"
+                    "ingest everything again"
                 )
 
     def touched_buckets(self) -> set[int]:

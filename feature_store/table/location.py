@@ -5,7 +5,7 @@
     open_location("memory://stores/mine")       any other scheme: fsspec, wrapped for Arrow
 
 A local rename is atomic; object stores have none, but a PUT is: a file is there whole or not at all once it is closed.
-So the same rule holds everywhere: data first, under names that nobody reads yet, the manifest last.
+So the same rule holds everywhere: data first, under names that no reader knows yet, the manifest last.
 Credentials and endpoints come from the environment (AWS_ENDPOINT_URL, ...), never from a URL (credentials.py).
 """
 
@@ -122,7 +122,7 @@ class Location:
         return digest.hexdigest()
 
     def replace(self, content: bytes) -> None:
-        """Whoever reads the file, now or after a crash, finds the old content or the new one whole."""
+        """Writes the file whole: a reader, now or after a crash, finds the old content or the new one."""
         if not self.is_local:
             # Arrow would pack it where the name ends in .gz or the like.
             with self.filesystem.open_output_stream(self.path, compression=None) as file:

@@ -78,7 +78,7 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed writes left in a folder. Nobody may be writing there."""
+    """Removes what killed writes left in a folder. No process may be writing there."""
     for leftover in folder.glob(".*.tmp"):
         if leftover.is_file():
             leftover.unlink()

@@ -140,8 +140,7 @@ class DuckEngine(DuckSession):
         return dict(self._found)
 
     def clean(self) -> dict[str, int]:
-        """After the last load: drops what fails a check whose policy is drop. Returns how many events failed each,
-        but for out_of_order and gaps that are kept (OrderWatch counts those)."""
+        """As IngestEngine.clean."""
         found = self.drop_bad_rows()
         found["duplicates"] = self._duplicates()
         if self._checks.out_of_order is Policy.drop:
@@ -163,7 +162,7 @@ class DuckEngine(DuckSession):
         return self._one(f"DELETE FROM raw WHERE rowid IN ({rowids})")
 
     def _duplicates(self) -> int:
-        """Events behind the first one with their user, timestamp and event_id. None where the log has no event_id: two
+        """Counts events after the first with their user, time and event_id. None where the log has no event_id: two
         equal events may both have happened. These are neighbours in the store's order, so an event_id need only be
         unique within its user and time."""
         if "event_id" not in self._roles:
@@ -190,12 +189,7 @@ class DuckEngine(DuckSession):
         times: tuple[int | None, int | None] = (None, None),
         min_vocabulary_count: int = 1,
     ) -> dict[str, int]:
-        """Drops events outside [times), of rare items, then of users left with too few events, then all but the newest
-        max_history of a user (0: none); then numbers what is left.
-
-        One pass, not a k-core: an item may fall below its minimum again because its users were dropped.
-        Returns counts of events, users and items before and after.
-        """
+        """As IngestEngine.select."""
         self._types = {role: self._final_type(role) for role in self._roles if role != "timestamp"}
         keeps_all = max(min_user_events, min_item_events, min_vocabulary_count) == 1 and not max_history
         keeps_all &= times == (None, None)
@@ -245,7 +239,7 @@ class DuckEngine(DuckSession):
         return self._one("SELECT count(*) FROM raw")
 
     def id_type(self, role: str) -> str | None:
-        """ "int64" or "string", None where the log has no such column; known after select()."""
+        """As IngestEngine.id_type."""
         return self._types.get(role)
 
     def vocabulary(self, role: str) -> Vocabulary:
@@ -260,8 +254,7 @@ class DuckEngine(DuckSession):
     def write(
         self, staging: LocalStaging | RemoteStaging, *, num_buckets: int, schema: pa.Schema, row_group_events: int
     ) -> tuple[list[HistoryFile], dict[str, int]]:
-        """Kept events sorted by bucket, user, timestamp, event_id, input order (seq), ids of item and context as
-        vocabulary indices -> data files. Returns what write_sorted does."""
+        """As IngestEngine.write."""
         num_events = self.num_staged()  # no question may come while the answer to the next one is being read
         return write_sorted(
             self._sorted(self._new_events(num_buckets)),

@@ -5,7 +5,7 @@
     STORE/impressions/items/part-<digest>.parquet         attributes, row i is item index i
     STORE/impressions/manifest.json                       written last; replacing it replaces the table
 
-Row groups end where those of the histories do (as far as the history's users go), so whoever reads one row group of
+Row groups end where those of the histories do (as far as the history's users go), so a reader of one row group of
 histories decodes the impressions of its users and no others.
 """
 

@@ -34,7 +34,7 @@ def impression_schema(user_type: str, labels: list[str], context: list[str]) -> 
 
 
 class IdSequence:
-    """Arrow ids as bisect wants them: it looks at a few, and nobody makes a Python list of all."""
+    """Arrow ids as bisect wants them: it looks at a few, and no Python list of all is made."""
 
     def __init__(self, ids: pa.Array) -> None:
         self.ids = ids

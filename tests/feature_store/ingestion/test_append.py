@@ -152,7 +152,7 @@ def test_appends_that_cannot_be_exact_are_refused(tmp_path):
     day = write_events(tmp_path / "d.csv", events[200:])
     words = write_events(tmp_path / "w.csv", [{**events[0], "item": "hat"}])
     filtered = make_store(tmp_path / "a", events[:200], min_item_events=2)
-    with pytest.raises(DataError, match=r"was made with min_item_events=2: .* ingest everything anew"):
+    with pytest.raises(DataError, match=r"was made with min_item_events=2: .* ingest everything again"):
         add(filtered, day)
     store = make_store(tmp_path / "b", events[:200])
     for settings in (

@@ -202,7 +202,7 @@ def test_writer_does_not_depend_on_batches_and_loses_nothing(lengths, batch_size
             "item": np.arange(len(users)) + 2,
         }
     )
-    schema = history_schema(user_type="int64", event_id_type=None, context_columns=[])
+    schema = history_schema("int64", {"timestamp": "int64", "item": "int64"})
     groups = list(cut_histories(flat.to_batches(batch_size), schema=schema, row_group_events=row_group_events))
     # By hand: a group goes on while users fit and the bucket is the same.
     want, at = [], 0

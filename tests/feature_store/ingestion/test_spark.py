@@ -304,7 +304,7 @@ def test_spark_submit_from_s3_to_s3(spark, s3_server, tmp_path, monkeypatch):
 @pytest.mark.parametrize("url", ["disk", "memory"])
 def test_a_task_that_runs_twice_leaves_the_same_files(tmp_path, url):
     """Spark repeats tasks after a lost machine and, with speculation, side by side."""
-    schema = history_schema(user_type="int64", event_id_type=None, context_columns=[])
+    schema = history_schema("int64", {"timestamp": "int64", "item": "int64"})
     (tmp_path / "work").mkdir()
     target = f"memory://{tmp_path.name}" if url == "memory" else str(tmp_path / "store")
     if url == "disk":

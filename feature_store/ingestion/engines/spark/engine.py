@@ -53,8 +53,7 @@ COUNT, INDEX, HELPER = "how often", "index of ", "of the moment"  # no input col
 
 
 class SparkEngine:
-    """The calls of DuckEngine, in their order. roles: "user", "item", "timestamp", optionally "event_id", and one per
-    context column."""
+    """An IngestEngine. roles: "user", "item", "timestamp", optionally "event_id", and one per context column."""
 
     def __init__(
         self, *, master: str | None, roles: list[str], unit: str, memory_limit: str, threads: int, checks: ChecksConfig
@@ -131,7 +130,7 @@ class SparkEngine:
         return str(paths[0]), dict.fromkeys(columns, "text")
 
     def clean(self) -> dict[str, int]:
-        """As DuckEngine.clean; what single rows decide was done where they were read."""
+        """As IngestEngine.clean; what single rows decide was done where they were read."""
         found = dict(self._found)
         found["duplicates"] = self._duplicates()
         if self._checks.out_of_order is Policy.drop:
@@ -170,7 +169,7 @@ class SparkEngine:
         times: tuple[int | None, int | None] = (None, None),
         min_vocabulary_count: int = 1,
     ) -> dict[str, int]:
-        """As DuckEngine.select: the same filters in the same order."""
+        """As IngestEngine.select."""
         self._settle_types()
         users, items = self._events.select(F.count_distinct("user"), F.count_distinct("item")).first()
         counts = {"read_events": self._count, "read_users": users, "read_items": items}
@@ -196,7 +195,7 @@ class SparkEngine:
         return counts | {"events": self._count} | sizes
 
     def id_type(self, role: str) -> str | None:
-        """ "int64" or "string", None where the log has no such column; known after select()."""
+        """As IngestEngine.id_type."""
         return self._types.get(role)
 
     def vocabulary(self, role: str) -> Vocabulary:
@@ -206,7 +205,7 @@ class SparkEngine:
     def write(
         self, staging: LocalStaging | RemoteStaging, *, num_buckets: int, schema: pa.Schema, row_group_events: int
     ) -> tuple[list[HistoryFile], dict[str, int]]:
-        """As DuckEngine.write, from the executors into staging.target."""
+        """As IngestEngine.write, from the executors into staging.target."""
         target = staging.target
         job = WriteJob(
             target=target.url,

@@ -37,7 +37,7 @@ def open_session(master: str | None) -> tuple[SparkSession, bool]:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """A signal inside takes effect after the block: PySpark would leave a JVM behind that is not up yet.
+    """A signal inside takes effect after the block: PySpark would leave a JVM running that is not up yet.
 
     It also undoes PySpark's own handler of Ctrl-C, so that both signals end a job alike.
     """

@@ -63,7 +63,7 @@ class WriteJob:
 
 
 def read_files(numbers: Iterable[pa.RecordBatch], job: ReadJob) -> Iterator[pa.RecordBatch]:
-    """Numbers of files (one int64 column) -> their checked events in `job.schema`, each file's ABOUT row behind them.
+    """Numbers of files (one int64 column) -> their checked events in `job.schema`, each file's ABOUT row after them.
 
     seq is (file << ROW_BITS) + row: the order of the input, whatever order the tasks run in.
     """
