@@ -28,6 +28,20 @@ ROW_GROUPS_PER_BLOCK = 16
 _GROUPS, _PLACES, _UNITS, _CLASSES = 1, 5, 2, 7  # tell the uses of counter_hash apart
 
 
+class Order(NamedTuple):
+    """What the order of an epoch is drawn from. shuffle False: it is that of the store."""
+
+    seed: int
+    epoch: int
+    shuffle: bool
+
+    def of_units(self, keys: np.ndarray) -> np.ndarray:
+        """(N,) the order of a row group's units, drawn by a key of each (its row number): numbers 0..N-1."""
+        if not self.shuffle:
+            return np.arange(len(keys))
+        return np.argsort(counter_hash(_UNITS, self.seed, self.epoch, keys), kind="stable")
+
+
 class Share(NamedTuple):
     """What one rank takes of one row group: its units `picks` (numbers in the group's drawn order), which stand at
     `positions` (ascending) of the epoch. Group B of the drawing: picks [0, 1], positions [0, 4]."""
@@ -55,9 +69,7 @@ def epoch_blocks(
     num_units_G: np.ndarray,
     costs_G: np.ndarray,
     *,
-    seed: int,
-    epoch: int,
-    shuffle: bool,
+    order: Order,
     rank: int,
     world_size: int,
     row_groups_per_block: int = ROW_GROUPS_PER_BLOCK,
@@ -70,13 +82,13 @@ def epoch_blocks(
     block, the classes in an order drawn for the block.
     """
     groups = np.flatnonzero(num_units_G)
-    if shuffle:
-        groups = groups[np.argsort(counter_hash(_GROUPS, seed, epoch, groups), kind="stable")]
+    if order.shuffle:
+        groups = groups[np.argsort(counter_hash(_GROUPS, order.seed, order.epoch, groups), kind="stable")]
     start = 0
     for members in np.array_split(groups, max(1, len(groups) // row_groups_per_block)):
         counts = num_units_G[members]
         classes = [classes_of(group) for group in members.tolist()] if classes_of and len(members) else None
-        places = _places(members, counts, classes, seed=seed, epoch=epoch, shuffle=shuffle)
+        places = _places(members, counts, classes, order)
         stop = start + int(counts.sum())
         edges = offsets_of(counts)
         owner = _owners(costs_G[members], world_size)
@@ -95,35 +107,21 @@ def epoch_blocks(
         start = stop
 
 
-def drawn_order(keys: np.ndarray, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """(N,) the order of a group's units, drawn by a key of each (its row number): numbers 0..N-1."""
-    if not shuffle:
-        return np.arange(len(keys))
-    return np.argsort(counter_hash(_UNITS, seed, epoch, keys), kind="stable")
-
-
-def _places(
-    members: np.ndarray,
-    counts: np.ndarray,
-    classes: list[np.ndarray] | None,
-    *,
-    seed: int,
-    epoch: int,
-    shuffle: bool,
-) -> np.ndarray:
+def _places(members: np.ndarray, counts: np.ndarray, classes: list[np.ndarray] | None, order: Order) -> np.ndarray:
     """Place within the block of every unit, group after group; without classes rising within a group."""
     group_N = np.repeat(members, counts)
     j_N = np.arange(len(group_N)) - np.repeat(offsets_of(counts)[:-1], counts)
+    seed, epoch, shuffle = order
     u_N = counter_uniform(_PLACES, seed, epoch, group_N, j_N) if shuffle else 0.5
     fraction_N = (j_N + u_N) / np.repeat(counts, counts)
     if classes is None:
-        order = np.argsort(fraction_N, kind="stable")
+        sorted_N = np.argsort(fraction_N, kind="stable")
     else:
         class_N = np.concatenate(classes)
         keys = counter_hash(_CLASSES, seed, epoch, int(members[0]), class_N) if shuffle else class_N
-        order = np.lexsort((fraction_N, keys))
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
+        sorted_N = np.lexsort((fraction_N, keys))
+    places = np.empty(len(sorted_N), np.int64)
+    places[sorted_N] = np.arange(len(sorted_N))
     return places
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.reading.cursor import Cursor
-from elastic_rec.feature_store.reading.epoch_order import ROW_GROUPS_PER_BLOCK, Block, drawn_order, epoch_blocks
+from elastic_rec.feature_store.reading.epoch_order import ROW_GROUPS_PER_BLOCK, Block, Order, epoch_blocks
 from elastic_rec.feature_store.reading.row_groups import Decoder
 from elastic_rec.feature_store.table.schema import ITEM
 from elastic_rec.feature_store.table.store import Store
@@ -167,7 +167,10 @@ class HistoryReader:
             self._lengths[group] = self.decoder.lengths(group).astype(np.int32)
         lengths = self._lengths[group]
         rows = self.decoder.groups[group].first_row + np.arange(len(lengths))
-        return lengths[drawn_order(rows, seed=self.seed, epoch=epoch, shuffle=self.shuffle)]
+        return lengths[self._order(epoch).of_units(rows)]
+
+    def _order(self, epoch: int) -> Order:
+        return Order(self.seed, epoch, self.shuffle)
 
     def _blocks(self, epoch: int) -> Iterator[Block]:
         def classes_of(group: int) -> np.ndarray:
@@ -176,9 +179,7 @@ class HistoryReader:
         return epoch_blocks(
             self._users_G,
             self._events_G,
-            seed=self.seed,
-            epoch=epoch,
-            shuffle=self.shuffle,
+            order=self._order(epoch),
             rank=self.rank,
             world_size=self.world_size,
             row_groups_per_block=self.row_groups_per_block,
@@ -187,7 +188,7 @@ class HistoryReader:
 
     def _loaded(self, epoch: int, begin: int) -> Iterator[Loaded]:
         """Blocks from the one with position `begin` on; threads decode the next ones meanwhile."""
-        order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
+        order = self._order(epoch)
 
         def decode(block: Block) -> tuple[Block, list[Sequences]]:
             return block, [self.decoder.decode(share.group) for share in block.shares]
@@ -199,7 +200,7 @@ class HistoryReader:
                 continue
             firsts = offsets_of(np.array([len(users.rows) for users in parts]))[:-1]
             shares = zip(firsts, parts, block.shares, strict=True)
-            picks = [first + drawn_order(users.rows, **order)[share.picks] for first, users, share in shares]
+            picks = [first + order.of_units(users.rows)[share.picks] for first, users, share in shares]
             positions = np.concatenate([share.positions for share in block.shares])
             in_order = np.argsort(positions)
             users = Sequences.concat(parts).take(np.concatenate(picks)[in_order])

@@ -18,6 +18,7 @@ from elastic_rec.feature_store.batches.examples import covered
 from elastic_rec.feature_store.batches.impression_batch import Impressions
 from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.batches.splits import TimeRange
+from elastic_rec.feature_store.reading.epoch_order import Order
 from elastic_rec.feature_store.table.impression_table import Rows
 from elastic_rec.feature_store.utils.counter_hash import counter_hash
 from elastic_rec.feature_store.utils.jagged import Bags, offsets_of, run_starts, span_indices
@@ -75,20 +76,17 @@ def group_impressions(
     range: TimeRange,
     max_impressions_per_user: int,
     max_history: int,
-    seed: int,
-    epoch: int,
-    shuffle: bool,
+    order: Order,
 ) -> ImpressionGroups:
-    """user_ids: of `users`, in their order. Shuffled: (seed, epoch) deal a user's impressions to their groups."""
+    """user_ids: of `users`, in their order. Where `order` shuffles, it deals a user's impressions to their groups."""
     users = replace(users, rows=np.append(users.rows, -1), offsets=np.append(users.offsets, len(users.times)))
     starts_R = run_starts(rows.users) if len(rows.users) else np.zeros(0, np.int64)
     run_N = np.repeat(np.arange(len(starts_R)), np.diff(np.append(starts_R, len(rows.users))))
     picked = np.flatnonzero(in_range(rows.times, range))
     run = run_N[picked]
-    if shuffle:
-        keys = counter_hash(_DEAL, seed, epoch, rows.first_row + picked)
-        order = np.lexsort((keys, run))
-        picked, run = picked[order], run[order]
+    if order.shuffle:
+        dealt = np.lexsort((counter_hash(_DEAL, order.seed, order.epoch, rows.first_row + picked), run))
+        picked, run = picked[dealt], run[dealt]
     slot = np.arange(len(run)) - np.searchsorted(run, run)
     offsets = np.append(np.flatnonzero(slot % max_impressions_per_user == 0), len(run))
     group = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))

@@ -17,7 +17,7 @@ from elastic_rec.feature_store.batches.splits import ImpressionSplit
 from elastic_rec.feature_store.ingestion.impressions.config import STAGES
 from elastic_rec.feature_store.ingestion.impressions.writer import group_edges
 from elastic_rec.feature_store.reading.cursor import Cursor
-from elastic_rec.feature_store.reading.epoch_order import Share, drawn_order, epoch_blocks
+from elastic_rec.feature_store.reading.epoch_order import Order, Share, epoch_blocks
 from elastic_rec.feature_store.reading.impression_groups import (
     ImpressionGroups,
     concat_impressions,
@@ -107,19 +107,12 @@ class ImpressionReader:
                 f"start_batch {start_batch} is outside 0..{self.num_batches}; were the impressions ingested again?"
             )
         size, parts = self.global_batch_size, []
-        for block in epoch_blocks(
-            self._num_groups_G,
-            self._num_groups_G,
-            seed=self.seed,
-            epoch=epoch,
-            shuffle=self.shuffle,
-            rank=self.rank,
-            world_size=self.world_size,
-        ):
+        counts, order = self._num_groups_G, Order(self.seed, epoch, self.shuffle)
+        for block in epoch_blocks(counts, counts, order=order, rank=self.rank, world_size=self.world_size):
             at = max(block.start, start_batch * size)
             if at >= block.stop:
                 continue
-            loaded = [(share, *self._load(share, epoch)) for share in block.shares]
+            loaded = [(share, *self._load(share, order)) for share in block.shares]
             while at < block.stop:
                 end = min(at // size * size + size, block.stop)
                 for share, group, drawn in loaded:
@@ -139,11 +132,10 @@ class ImpressionReader:
         batch = concat_impressions(parts)
         return replace(batch, histories=replace(batch.histories, num_global_rows=num_global_rows))
 
-    def _load(self, share: Share, epoch: int) -> tuple[ImpressionGroups, np.ndarray]:
+    def _load(self, share: Share, order: Order) -> tuple[ImpressionGroups, np.ndarray]:
         group, file, begin, end, num_groups = self.groups[share.group]
         rows = self.table.read(file, begin, end)
         users = self.decoder.decode(group) if group >= 0 else self.decoder.padding.slice(0, 0)
-        order = {"seed": self.seed, "epoch": epoch, "shuffle": self.shuffle}
         groups = group_impressions(
             users,
             self.decoder.user_ids(group) if group >= 0 else rows.users[:0],
@@ -151,11 +143,11 @@ class ImpressionReader:
             range=self.range,
             max_impressions_per_user=self.max_impressions_per_user,
             max_history=self.max_history,
-            **order,
+            order=order,
         )
         if len(groups.user) != num_groups:
             raise DataError(f"{self.table.path}: file {file} was changed while it was read; ingest impressions again")
-        return groups, drawn_order(groups.keys, **order)
+        return groups, order.of_units(groups.keys)
 
     def _stages(self, split: ImpressionSplit) -> str:
         """How many impressions each stage has, when they were, and what to set."""

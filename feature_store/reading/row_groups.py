@@ -17,7 +17,7 @@ from elastic_rec.feature_store.table.store import Store, StoreFile, read_row_gro
 from elastic_rec.feature_store.utils.errors import DataError
 from elastic_rec.feature_store.utils.jagged import flat_structs
 
-# Stores whose decoded leaves fit in this many bytes (per decoder) are decoded once and kept for later epochs.
+# Stores whose decoded columns fit in this many bytes (per decoder) are decoded once and kept for later epochs.
 CACHE_BYTES = 1 << 29
 _OPEN_FILES = 32
 

@@ -33,6 +33,7 @@ from elastic_rec.feature_store.utils.jagged import flat_structs, offsets_of
 
 SPAN = 8  # a span has at most so many users per user of a batch: their states are in memory together
 _FOLDED, _LATE, _NEW = 0, 1, 2
+_NOTHING = Watermarks(*[np.zeros(0, np.int64)] * 3)
 
 
 class LateEvents(Enum):
@@ -152,11 +153,7 @@ class Increments:
         self, group: int, num_events: int, user_ids: pa.Array, row_U: np.ndarray, state_row_U: np.ndarray
     ) -> Span:
         num_users, is_known = len(row_U), state_row_U >= 0
-        watermarks = (
-            self.states.watermarks.take(state_row_U)
-            if self.states
-            else Watermarks(*[np.zeros(num_users, np.int64)] * 3)
-        )
+        watermarks = (self.states.watermarks if self.states else _NOTHING).take(state_row_U)
         self.counts["users"] += num_users
         self.counts["new_users"] += num_users - int(is_known.sum())
         if is_known.all() and watermarks.num_events.sum() == num_events:
