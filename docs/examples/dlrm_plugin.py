@@ -5,7 +5,7 @@
 Nothing of elastic_rec is used but its models. The rest is a plain TorchRec script: tables declared, sharded by the
 planner, updated in backward; it trains twice, without the tower and with it, on the same planted clicks.
 
-Planted: each user likes one of 8 groups of 10 items, and only his history tells which. A click is likely on a
+Planted: each user likes one of 8 groups of 10 items, and only the history tells which. A click is likely on a
 candidate of that group; a dense feature, the candidate's quality, adds something for both models.
 """
 
@@ -26,15 +26,14 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from elastic_rec.models.towers.config import MemoryConfig, TowerConfig  # +
-from elastic_rec.models.towers.elastic.tower import ElasticTower  # +
+from elastic_rec.models import ElasticTower, MemoryConfig, TowerConfig  # +
 
 NUM_GROUPS, PER_GROUP, NUM_COUNTRIES, NUM_DENSE, WIDTH = 8, 10, 30, 4, 16
 NUM_ITEMS = NUM_GROUPS * PER_GROUP
 
 
 class HistoryDLRM(torch.nn.Module):
-    """DLRM that also sees how the candidate meets the summary of the user's history, beside its dense features."""
+    """DLRM that also sees how the candidate meets the embedding of the user's history, beside its dense features."""
 
     def __init__(self, *, with_tower: bool):
         super().__init__()
@@ -57,8 +56,8 @@ class HistoryDLRM(torch.nn.Module):
         if self.tower is not None:
             items = self.items(history)  # + the history's items, and the candidate from the same table
             events, shown = items["history"], self.norm(items["shown"].values())  # +
-            summary = self.tower(self.norm(events.values()), events.offsets(), times_s).summary  # +
-            dense = torch.cat([dense, summary * shown], dim=1)  # +
+            user = self.tower(self.norm(events.values()), events.offsets(), times_s).user_embedding  # +
+            dense = torch.cat([dense, user * shown], dim=1)  # +
         return self.dlrm(dense, sparse).squeeze(1)
 
 

@@ -31,6 +31,8 @@ __all__ = [
 
 
 class DatasetKind(Enum):
+    """The data sets that prepare() knows; files: one's own, which are ingested as they are."""
+
     ml100k = "ml100k"
     ml1m = "ml1m"
     ml20m = "ml20m"

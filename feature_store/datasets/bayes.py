@@ -155,5 +155,6 @@ def lagged_targets(config: SyntheticConfig, world: World, events: Path) -> Targe
 
 
 def write_bayes(config: SyntheticConfig, events: Path, target: Path, *, k: int = 10) -> None:
+    """Measures the best hit rate at `k` that any model can reach, and writes it to `target` as JSON."""
     figures = {"k": k, "mode": "lag" if config.lag else "drift"} | bayes_hit_rate(config, events, k=k)
     target.write_text(json.dumps(figures | {"config": asdict(config)}, indent=1))

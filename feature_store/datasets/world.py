@@ -58,6 +58,7 @@ class SyntheticConfig(Options, prefix="synthetic."):
 
     @property
     def history_length_max(self) -> int:
+        """Events of the longest history."""
         return self.num_segments * (self.lag + 1) if self.lag else self.events_per_user_max
 
     @property
@@ -78,6 +79,7 @@ class World:
 
     @staticmethod
     def of(config: SyntheticConfig) -> World:
+        """The world of a setting; its seed alone decides which item has which interest."""
         C, S = config.num_interests, config.num_items // config.num_interests
         weights_S = np.arange(1, S + 1, dtype=np.float64) ** -config.zipf_exponent
         ids = 1 + np.random.default_rng([config.seed, 0]).permutation(C * S).astype(np.int64)

@@ -37,6 +37,8 @@ ID_ROLES = ("user", "item", "event_id")
 
 
 class Policy(Enum):
+    """What becomes of events that fail a check: the ingest ends, they are dropped, or they stay and are counted."""
+
     fail = "fail"
     drop = "drop"
     keep = "keep"
@@ -86,11 +88,13 @@ class ChecksConfig(Options, prefix="checks."):
         self.future_after_s()
 
     def future_after_s(self) -> int:
+        """Seconds since 1970 after which a time is in the future."""
         if self.future_after is None:
             return int(time.time()) + DAY_S
         return parse_time_s(self.future_after, key="checks.future_after")
 
     def named(self, policy: Policy) -> list[str]:
+        """Names of the checks with a policy, in the order in which they run."""
         return [name for name in CHECKS if getattr(self, name) is policy]
 
     def row_conditions(self, kinds: dict[str, str], unit: str) -> dict[str, str]:
@@ -110,10 +114,12 @@ class ChecksConfig(Options, prefix="checks."):
         return self.future_after_s() * UNITS_PER_SECOND[unit]
 
     def max_gap(self, unit: str) -> int:
+        """max_gap_days in `unit`."""
         return int(self.max_gap_days * DAY_S * UNITS_PER_SECOND[unit])
 
 
 def duplicates_found(count: int, user: int | str, time: int, event_id: int | str) -> DataError:
+    """The error for `count` duplicates, with the first of them as example."""
     return DataError(
         f"{count} duplicate events (same user, time and event id), the first of user {user!r}, time {time}, "
         f"event id {event_id!r}; set checks.duplicates=drop or keep"

@@ -13,6 +13,8 @@ from elastic_rec.feature_store.table.times import parse_time_s
 
 
 class InputFormat(Enum):
+    """Formats of input files; auto goes by their names, then by their content."""
+
     auto = "auto"
     csv = "csv"
     tsv = "tsv"
@@ -20,6 +22,8 @@ class InputFormat(Enum):
 
 
 class TimeUnit(Enum):
+    """Units of numbers that are times: counts since 1970."""
+
     s = "s"
     ms = "ms"
     us = "us"
@@ -27,6 +31,8 @@ class TimeUnit(Enum):
 
 
 class Engine(Enum):
+    """What checks, filters and sorts an ingest."""
+
     duckdb = "duckdb"
     spark = "spark"
 

@@ -50,6 +50,7 @@ class MergeEngine(DuckEngine):
                 )
 
     def touched_buckets(self) -> set[int]:
+        """Buckets of the users who have staged events."""
         bucket = self._bucket(self._value("user"), self._num_buckets)
         return {bucket for (bucket,) in self._run(f"SELECT DISTINCT {bucket} FROM raw")}
 

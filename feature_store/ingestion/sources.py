@@ -218,6 +218,7 @@ def named(columns: list[str]) -> str:
 
 
 def quote(text: str) -> str:
+    """A text as a literal of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -59,6 +59,7 @@ class BucketFiles:
         self.written[-1][2].append([len(rows), num_values])
 
     def close(self) -> None:
+        """Ends the last file. Call it after the last write, and after an error."""
         if self._writer is not None:
             self._writer.close()
 

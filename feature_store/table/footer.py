@@ -26,4 +26,5 @@ def read_footer(file: pa.NativeFile) -> bytes:
 
 
 def footer_digest(file: pa.NativeFile) -> str:
+    """sha256 of read_footer(file), hexadecimal."""
     return hashlib.sha256(read_footer(file)).hexdigest()

@@ -206,6 +206,7 @@ class HistoryManifest(Manifest):
     hash: str = field(default="", metadata={"json": ""})
 
     def check(self, fail: Fail) -> None:
+        """As Manifest.check; users and items have vocabularies, and all of these a type."""
         super().check(fail)
         self._check_columns(["user", "item"], fail)
         for column, entry in self.vocabularies.items():
@@ -239,5 +240,6 @@ class ImpressionManifest(Manifest):
     hash: str = field(default="", metadata={"json": ""})
 
     def check(self, fail: Fail) -> None:
+        """As Manifest.check; every context column has a vocabulary."""
         super().check(fail)
         self._check_columns([*self.context, *self.item_context], fail)

@@ -85,6 +85,8 @@ class ImpressionTable:
         }
 
     def users_and_times(self, file: int) -> tuple[pa.Array, np.ndarray]:
+        """(user ids, times in the store's unit) of all impressions of a file, by its number; decodes these two
+        columns."""
         groups = list(range(len(self.manifest.files[file].row_groups)))
         table = self.read_groups(file, groups, [USER, "timestamp"])
         return table[USER].combine_chunks(), table["timestamp"].to_numpy()

@@ -42,14 +42,17 @@ class Location:
 
     @property
     def is_local(self) -> bool:
+        """Is it on the local disk?"""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return posixpath.basename(self.path)
 
     @property
     def parent(self) -> Location:
+        """The folder that it is in."""
         return Location(posixpath.dirname(self.url), posixpath.dirname(self.path), self.filesystem)
 
     def __truediv__(self, name: str) -> Location:
@@ -64,9 +67,11 @@ class Location:
         return self.path
 
     def resolve(self) -> Location:
+        """The same place without links; object stores have none."""
         return open_location(os.path.realpath(self.path)) if self.is_local else self
 
     def is_file(self) -> bool:
+        """Is a file there?"""
         return self._info().type == pafs.FileType.File
 
     def is_dir(self) -> bool:
@@ -104,6 +109,7 @@ class Location:
         return self.filesystem.open_input_file(self.path)
 
     def read_bytes(self) -> bytes:
+        """The whole content."""
         with self.open() as file:
             return file.read()
 
@@ -149,6 +155,7 @@ class Location:
         return copy
 
     def delete(self) -> None:
+        """Removes the file. FileNotFoundError where there is none."""
         if self.is_local:
             os.unlink(self.path)
         else:

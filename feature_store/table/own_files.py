@@ -37,6 +37,7 @@ def data_files(root: Location, *, folder: str = "") -> list[Location]:
 
 
 def state_files(root: Location) -> list[Location]:
+    """Files of user states, of all models."""
     return [root / path for path in _walk(root)[0] if STATE_FILE.fullmatch(path)]
 
 

@@ -25,6 +25,8 @@ from elastic_rec.feature_store.utils.scratch import remove_marked, scratch_folde
 
 
 def stage(out: str, *, overwrite: bool) -> LocalStaging | RemoteStaging:
+    """The place to build the store that is to be at `out`. DataError where something is there that must not be
+    replaced."""
     place = open_location(out)
     return LocalStaging(Path(place), overwrite=overwrite) if place.is_local else RemoteStaging(place, overwrite)
 

@@ -37,10 +37,12 @@ class StoreFile:
     footer: str | None
 
     def open(self) -> pq.ParquetFile:
+        """Opens the Parquet file; DataError where its footer is not the one that ingest wrote."""
         return open_data_file(self.path, self.footer)
 
     @property
     def bucket(self) -> int:
+        """Number of the bucket whose users it holds."""
         return int(self.path.parent.name.removeprefix("bucket="))
 
 
@@ -88,6 +90,7 @@ class Store:
         return self._vocabularies[column]
 
     def check_columns(self, columns: list[str], *, also: list[str] | None = None) -> None:
+        """DataError for a name that is no event column, and not among `also`."""
         known = [*self.columns, *(also or [])]
         for column in columns:
             if column not in known:

@@ -75,6 +75,7 @@ def append_folder(root: Location) -> Iterator[Path]:
 
 
 def next_version(root: Location) -> int:
+    """The number of the version that the next append makes. None is used twice."""
     return max(filed_versions(root), default=0) + 1
 
 

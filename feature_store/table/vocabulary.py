@@ -77,6 +77,7 @@ class Vocabulary:
         raise DataError(f"vocabulary '{self.column}' holds {self.ids.type} ids, got {raw.type}; cast them first")
 
     def write(self, path: Path) -> None:
+        """Writes a Parquet file of (id, index, count), a row per id."""
         table = pa.table(
             {"id": self.ids, "index": np.arange(FIRST, self.size, dtype=np.int64), "count": self.counts[FIRST:]}
         )
@@ -84,6 +85,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, path: Location, *, column: str) -> Vocabulary:
+        """Reads what write() wrote. DataError where the indices do not count up from FIRST."""
         with path.open() as file:
             table = pq.read_table(file)
         if not np.array_equal(table["index"].to_numpy(), np.arange(FIRST, FIRST + len(table))):

@@ -10,6 +10,7 @@ from elastic_rec.feature_store.utils.jagged import offsets_of
 
 
 def is_list(type: pa.DataType) -> bool:
+    """Is it a type of lists, of whatever kind?"""
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
     return any(of_type(type) for of_type in lists)
 
@@ -26,4 +27,5 @@ def flat_bags(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 
 def list_array(lengths: np.ndarray, values: pa.Array, type: pa.ListType) -> pa.ListArray:
+    """(N,) lengths and the flat values of all lists -> an array of N lists."""
     return pa.ListArray.from_arrays(pa.array(offsets_of(lengths), pa.int32()), values, type=type)

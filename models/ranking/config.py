@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+
+from elastic_rec.configs.options import Options, option
 
 
 class History(StrEnum):
+    """Who reads a user's history for a candidate."""
+
     tower = "tower"
     moments = "moments"
     none = "none"
@@ -16,50 +20,44 @@ class History(StrEnum):
 
 
 class Sharing(StrEnum):
+    """What several labels share."""
+
     shared_bottom = "shared_bottom"
     mmoe = "mmoe"
 
 
 @dataclass
-class RankingConfig:
-    history: History = field(
-        default=History.tower,
-        metadata={
-            "help": "who reads the history: tower (model.*: the candidate attends over its K interests and reads its "
-            "moments), moments (those alone), or a peer: none, mean (pooling), din (the candidate attends over the "
-            "newest last_n events), sim (over the top_k of them that are nearest to it)"
-        },
+class RankingConfig(Options, prefix="ranking."):
+    """Keys of `ranking.*`. Raises ValueError where a key is out of bounds."""
+
+    history: History = option(
+        History.tower,
+        "who reads the history. tower (model.*): the candidate attends over its K interests and reads its moments. "
+        "moments: those alone. none. mean: pooling. din: the candidate attends over the newest last_n events. sim: "
+        "over the top_k of them that are nearest to it",
     )
-    last_n: int = field(default=50, metadata={"help": "din, sim: newest events that are looked at"})
-    top_k: int = field(default=20, metadata={"help": "sim: events kept by the first stage"})
-    cross_layers: int = field(default=2, metadata={"help": "DCN-v2 cross layers"})
-    cross_rank: int = field(default=32, metadata={"help": "rank of a cross layer's matrix"})
-    hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "widths of the shared MLP"})
-    sharing: Sharing = field(
-        default=Sharing.shared_bottom,
-        metadata={"help": "several labels: shared_bottom (one MLP), or mmoe (a gate per label over mmoe_experts MLPs)"},
+    last_n: int = option(50, "din, sim: newest events that are looked at", at_least=1)
+    top_k: int = option(20, "sim: events kept by the first stage", at_least=1)
+    cross_layers: int = option(2, "DCN-v2 cross layers", at_least=1)
+    cross_rank: int = option(32, "rank of a cross layer's matrix", at_least=1)
+    hidden: list[int] = option([128, 64], "widths of the shared MLP, one at least", at_least=1)
+    sharing: Sharing = option(
+        Sharing.shared_bottom,
+        "several labels: shared_bottom (one MLP), or mmoe (a gate per label over mmoe_experts MLPs)",
     )
-    mmoe_experts: int = field(default=4, metadata={"help": "mmoe: how many MLPs"})
-    dropout: float = field(default=0.1, metadata={"help": "dropout in front of each label's own layer"})
-    label_weights: list[float] = field(
-        default_factory=list, metadata={"help": "weight of each label's loss, in the store's order; empty: all 1"}
+    mmoe_experts: int = option(4, "mmoe: how many MLPs", at_least=1)
+    dropout: float = option(0.1, "dropout before each label's own layer", at_least=0, at_most=0.99)
+    label_weights: list[float] = option(
+        [], "weight of each label's loss, in the store's order; empty: all 1", at_least=0
     )
-    pairwise: float = field(
-        default=0.0,
-        metadata={
-            "help": "weight of log(1 + e^(negative - positive)) over pairs of an impression; 0: cross entropy only"
-        },
+    pairwise: float = option(
+        0.0, "weight of log(1 + e^(negative - positive)) over pairs of an impression; 0: cross entropy only", at_least=0
     )
-    max_impressions_per_user: int = field(
-        default=16, metadata={"help": "impressions of a user that share one pass over the user's history, at most"}
+    max_impressions_per_user: int = option(
+        16, "impressions of a user that share one pass over the user's history, at most", at_least=1
     )
 
     def __post_init__(self) -> None:
-        self.history, self.sharing = History(self.history), Sharing(self.sharing)
-        for name in ("last_n", "top_k", "cross_layers", "cross_rank", "mmoe_experts", "max_impressions_per_user"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ranking.{name}={getattr(self, name)}: set it to 1 or more")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"ranking.hidden={self.hidden}: give at least one width")
-        if not 0.0 <= self.dropout < 1.0 or self.pairwise < 0 or any(weight < 0 for weight in self.label_weights):
-            raise ValueError("ranking: dropout lies in [0, 1), pairwise and label_weights are not negative")
+        super().__post_init__()
+        if not self.hidden:
+            raise ValueError("ranking.hidden=[]: give at least one width")

@@ -1,4 +1,4 @@
-"""Who reads the user's history for a candidate: the tower, or one of its peers. All answer with vectors per candidate.
+"""Who reads the user's history for a candidate: the tower, or a simpler model. All answer with vectors per candidate.
 
 Legend: B impression groups (a user with some impressions), T their events end to end, I impressions, C candidates,
 D width,
@@ -28,8 +28,8 @@ from elastic_rec.models.towers.elastic.timeline import Timeline
 
 torch.fx.wrap("gather_prefixes")
 
-SUMMARY_GRADIENT = 0.01
-CAUSAL_VIEWS = [slice(0, 3), slice(1, 2)]  # of (interests, moments, summary): all, and the moments alone
+USER_EMBEDDING_GRADIENT = 0.01
+CAUSAL_VIEWS = [slice(0, 3), slice(1, 2)]  # of (interests, moments, user embedding): all, and the moments alone
 
 
 class TargetAttention(nn.Module):
@@ -77,7 +77,7 @@ class MomentReader(nn.Module):
         return mean_CD + torch.bmm(query_Cr[:, None], covariance_IrD.index_select(0, impression_C)).squeeze(1)
 
     @torch.no_grad()
-    def begin_as(self, running: RunningMoments) -> None:
+    def init_from(self, running: RunningMoments) -> None:
         """Untrained, a candidate then reads more of those events that are like it."""
         if self.query_rD is not None:
             self.query_rD.copy_(running.key_rD)
@@ -99,8 +99,8 @@ class CausalHistory(nn.Module):
         super().__init__()
         self.tower = CausalTower(config, memory, device=device)
         self.attention, self.moments = TargetAttention(config), MomentReader(config)
-        begin_as_means(self.tower, self.attention)
-        self.moments.begin_as(self.tower.moments)
+        init_as_means(self.tower, self.attention)
+        self.moments.init_from(self.tower.moments)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         output = self.tower(events_TD, group_offsets(batch), batch.times_s, False, (batch.group, batch.ends))
@@ -110,14 +110,15 @@ class CausalHistory(nn.Module):
         """(C, 3, D): what a candidate reads of the interests, of the moments, and the output of the newest event."""
         # An event's part in a mean has a gradient divided by their number, the newest one's has not, and its item's row
         # is a candidate's too: taste was learned late (docs/lab-log.md). AdamW does not mind the factor, tables do.
-        summary_ID = SUMMARY_GRADIENT * output.summary + (1 - SUMMARY_GRADIENT) * output.summary.detach()
+        share, user_ID = USER_EMBEDDING_GRADIENT, output.user_embedding
+        user_ID = share * user_ID + (1 - share) * user_ID.detach()
         read_CD = self.attention(output.interests, candidates_CD, impression_C)
         moments_CD = self.moments(output.moments, candidates_CD, impression_C).to(read_CD.dtype)
-        return torch.stack([read_CD, moments_CD, summary_ID.index_select(0, impression_C)], dim=1)
+        return torch.stack([read_CD, moments_CD, user_ID.index_select(0, impression_C)], dim=1)
 
 
 @torch.no_grad()
-def begin_as_means(tower: CausalTower, attention: TargetAttention) -> None:
+def init_as_means(tower: CausalTower, attention: TargetAttention) -> None:
     """Values and what mixes them begin as the identity, seeds small: untrained, a candidate then reads means of events,
     one per expert, in the space of its own vector, in which like and unlike are a product away. From random
     projections a tower learns late whose taste is whose (docs/lab-log.md).
@@ -141,7 +142,7 @@ class MomentHistory(nn.Module):
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.chunk, self.running, self.reader = config.chunk, RunningMoments(config), MomentReader(config)
-        self.reader.begin_as(self.running)
+        self.reader.init_from(self.running)
 
     def forward(self, events_TD: torch.Tensor, candidates_CD: torch.Tensor, batch) -> torch.Tensor:
         readings = batch.group, batch.ends
@@ -161,7 +162,7 @@ class PrefixHistory(nn.Module):
         prefixes = gather_prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
         output = self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, False)
         read_CD = self.attention(output.interests, candidates_CD, batch.impression)
-        return torch.stack([read_CD, output.summary.index_select(0, batch.impression)], dim=1)
+        return torch.stack([read_CD, output.user_embedding.index_select(0, batch.impression)], dim=1)
 
 
 class NoHistory(nn.Module):

@@ -12,9 +12,9 @@ V vectors per candidate, X = V*D, S heads.
 A reader may have several views of what it read, for a head each: S heads, each trained by itself, their logits
 averaged. The tower has two, all it read and the moments alone: in one head the rest drowns them (docs/lab-log.md).
 
-The batch (feature_store's ImpressionBatch, with one empty bag behind item_context) is taken by its fields. A user's
-events are embedded and encoded once, however many impressions and candidates he has in the batch. `RankingModel` owns
-sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
+The batch (feature_store's ImpressionBatch, with one empty bag after item_context) is taken by its fields. A user's
+events are embedded and encoded once, however many impressions and candidates they have in the batch. `RankingModel`
+owns sharded tables, so TorchRec traces its forward: sub-modules and functions under `torch.fx.wrap` only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.state import UserState
 
 
-class RatedEvents(EventEncoder):
+class EventInteraction(EventEncoder):
     """What happened in an event, and how it went: item + rest + sqrt(D) · item * rest, normalised -> (T, D), where rest
     is the sum of the other columns (rating, action, gap). With the sum alone a liked and a disliked item differ by the
     same vector whatever the item, and no mean over events can tell one taste from its opposite (ours)."""
@@ -65,7 +65,7 @@ class Candidates(nn.Module):
         return self.norm(embedded["candidate"].values())
 
 
-class Together(nn.Module):
+class CandidateFeatures(nn.Module):
     """All that is known of a candidate, one row each: forward -> (C, X).
 
     context, item_context: names of columns. Looked-up bags are taken by name: a sharded EmbeddingBagCollection returns
@@ -84,7 +84,7 @@ class Together(nn.Module):
         return torch.cat(parts, dim=1).flatten(1)
 
 
-class LabelHeads(nn.Module):
+class MultiTaskHead(nn.Module):
     """(C, X) -> logits (C, L): DCN-v2 (Wang et al. 2021, arXiv 2008.13535), parallel, beside what the labels share:
     one MLP, or MMoE (Ma et al. 2018), a gate per label over several."""
 
@@ -113,19 +113,21 @@ class LabelHeads(nn.Module):
 
 
 class Heads(nn.Module):
-    """forward(what Together takes) -> logits (S, C, L): a head for each view of what the reader read.
+    """forward(what CandidateFeatures takes) -> logits (S, C, L): a head for each view of what the reader read.
 
-    together: what each head's row is made of, beside its view the same for all."""
+    features: what each head's row is made of, beside its view the same for all."""
 
-    def __init__(self, config: RankingConfig, views: list[slice], together: Together, width: int, num_labels: int):
+    def __init__(
+        self, config: RankingConfig, views: list[slice], features: CandidateFeatures, width: int, num_labels: int
+    ):
         super().__init__()
-        self.views, self.together = views, together
-        num_others = 1 + 1 + len(together.context) + len(together.item_context)  # the candidate, the gap
+        self.views, self.features = views, features
+        num_others = 1 + 1 + len(features.context) + len(features.item_context)  # the candidate, the gap
         sizes = [num_others + 2 * (view.stop - view.start) for view in views]
-        self.heads = nn.ModuleList(LabelHeads(config, size * width, num_labels) for size in sizes)
+        self.heads = nn.ModuleList(MultiTaskHead(config, size * width, num_labels) for size in sizes)
 
     def forward(self, candidates_CD, history_CFD, *rest) -> torch.Tensor:
-        x_SCX = [self.together(candidates_CD, history_CFD[:, view], *rest) for view in self.views]
+        x_SCX = [self.features(candidates_CD, history_CFD[:, view], *rest) for view in self.views]
         return torch.stack([head(x_CX) for head, x_CX in zip(self.heads, x_SCX, strict=True)])
 
 
@@ -223,18 +225,18 @@ class RankingModel(nn.Module):
         )
         self.context = _bags(context, width, init_fn, device)
         self.item_context = _bags(item_context, width, init_fn, device)
-        self.events = RatedEvents(names, width, tower.dropout)
+        self.events = EventInteraction(names, width, tower.dropout)
         self.candidates = Candidates(width)
         self.history, views = build_history(ranking, tower, memory, max_history=max_history, device=device)
         self.gap = QueryGap(width)
-        together = Together([table.name for table in context], [table.name for table in item_context])
-        self.heads = Heads(ranking, views, together, width, num_labels)
+        features = CandidateFeatures([table.name for table in context], [table.name for table in item_context])
+        self.heads = Heads(ranking, views, features, width, num_labels)
         self.loss = RankingLoss(ranking, num_labels)
         self.autocast = autocast
 
     @property
     def tower(self) -> nn.Module | None:
-        """The sequence tower; None for peers."""
+        """The sequence tower; None for other models."""
         return getattr(self.history, "tower", None)
 
     def forward(self, batch) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -243,6 +245,7 @@ class RankingModel(nn.Module):
         return loss[0], (logits_SCL.mean(0), loss[1], loss[2])
 
     def score(self, batch, output: TowerOutput | None = None) -> torch.Tensor:
+        """Logits (C, L), float32: the mean over heads. output: as `logits` takes it."""
         return self.logits(batch, output).float().mean(0)
 
     def fold(self, batch, state: UserState) -> tuple[TowerOutput, UserState]:

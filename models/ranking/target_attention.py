@@ -1,4 +1,4 @@
-"""Peers whose candidate attends over single events of its user, in blocks of bounded memory.
+"""Models whose candidate attends over single events of its user, in blocks of bounded memory.
 
 Deep Interest Network (Zhou et al. 2018, arXiv 1706.06978): over the newest events. SIM (Pi et al. 2020, arXiv
 2006.05639), soft search: over those events only that a first stage found nearest to the candidate; the search takes the
@@ -78,11 +78,13 @@ class EventReader(nn.Module):
         return (0 * candidates_CD + zero)[:, None]
 
     def read(self, events_TD, candidates_cD, event_cn, seen_cn) -> torch.Tensor:
+        """What c candidates read of n events each, (c, D). event_cn: positions on the T axis."""
         events_cnD = events_TD.index_select(0, event_cn.flatten()).view(*event_cn.shape, -1)
         return self.unit(events_cnD, candidates_cD, seen_cn)
 
     @torch.no_grad()
     def nearest(self, events_TD, candidates_cD, event_cn, seen_cn) -> tuple[torch.Tensor, torch.Tensor]:
+        """The top_k events of each candidate by dot product: positions and which are seen, both (c, k)."""
         events_cnD = events_TD.index_select(0, event_cn.flatten()).view(*event_cn.shape, -1)
         scores_cn = (events_cnD @ candidates_cD[:, :, None]).squeeze(-1).masked_fill(~seen_cn, -torch.inf)
         best_ck = scores_cn.sort(descending=True, stable=True).indices[:, : self.top_k]

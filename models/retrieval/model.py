@@ -80,11 +80,11 @@ def gather_prefixes(
 
 
 class QueryTime(nn.Module):
-    """What a user wants depends on when he is asked: forward(asked_RD, gap_s_R) -> asked_RD, updated (ours).
+    """What a user wants depends on when they are asked: forward(asked_RD, gap_s_R) -> asked_RD, updated (ours).
 
         h = norm(asked) W1;   asked + gelu(h · (1 + scale[gap]) + shift[gap]) W2      gap in powers of two, -1: unknown
 
-    Behind the tower, so that a user's state holds no query's time and one state serves queries at any time.
+    After the tower, so that a user's state holds no query's time and one state serves queries at any time.
     """
 
     def __init__(self, config: TowerConfig):
@@ -104,9 +104,9 @@ class QueryTime(nn.Module):
 
 
 class QueryHead(nn.Module):
-    """Summary -> the vector whose dot product with an item's embedding is the item's score.
+    """User embedding -> the vector whose dot product with an item's embedding is the item's score.
 
-    every_position: in training, the output of every event instead, (P, D); a prefix's last one is its summary.
+    every_position: in training, the output of every event instead, (P, D); a prefix's last one is its user embedding.
     """
 
     def __init__(self, config: TowerConfig, every_position: bool):
@@ -117,7 +117,7 @@ class QueryHead(nn.Module):
         self.every_position = every_position
 
     def forward(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
-        asked_RD = output.tokens if self.every_position and self.training else output.summary
+        asked_RD = output.tokens if self.every_position and self.training else output.user_embedding
         if self.time is not None:
             asked_RD = self.time(asked_RD, query_gap_s_R)
         return self.project(self.norm(asked_RD))
@@ -220,6 +220,7 @@ class RetrievalModel(nn.Module):
         return loss[0], (query_RD, loss[1], loss[2])
 
     def query(self, batch) -> torch.Tensor:
+        """Query vectors (R, D), float32, one per prefix; an item's score is its dot product with the item's row."""
         return self.ask(self.encode(batch), batch.query_gap_s)
 
     def step(self, batch, state: UserState) -> tuple[torch.Tensor, UserState]:
@@ -232,7 +233,7 @@ class RetrievalModel(nn.Module):
         embedded = self.embeddings(batch.features)
         with self.autocast():
             tokens = gather_prefixes(self.events(embedded), batch.times_s, batch.starts, batch.ends)
-            return self.tower.step(*tokens, state, every=False)
+            return self.tower.step(*tokens, state, all_positions=False)
 
     def ask(self, output: TowerOutput, query_gap_s_R: torch.Tensor) -> torch.Tensor:
         """The query (R, D) so many seconds after the newest event; -1: unknown."""
@@ -240,6 +241,7 @@ class RetrievalModel(nn.Module):
             return self.head(output, query_gap_s_R).float()
 
     def encode(self, batch) -> TowerOutput:
+        """The tower's output for each prefix."""
         embedded = self.embeddings(batch.features)
         with self.autocast():
             return self._encode(embedded, batch)
@@ -247,6 +249,7 @@ class RetrievalModel(nn.Module):
     def _encode(self, embedded: dict[str, JaggedTensor], batch) -> TowerOutput:
         events_TD = self.events(embedded)
         prefixes = gather_prefixes(events_TD, batch.times_s, batch.starts, batch.ends)
-        every = self.head.every_position and self.training  # else the tower may leave out all but the newest events
+        # Else the tower may leave out all but the newest events.
+        all_positions = self.head.every_position and self.training
         which = (batch.window,) if self.windows else ()
-        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, every, *which)
+        return self.tower(prefixes.tokens_PD, prefixes.offsets_R1, prefixes.times_s_P, all_positions, *which)

@@ -19,6 +19,8 @@ FIRST_ITEM = 2  # ids 0 and 1 are padding and "unknown"; never candidates
 
 
 class SoftmaxKind(StrEnum):
+    """Over which items the cross entropy runs."""
+
     full = "full"
     sampled = "sampled"
 

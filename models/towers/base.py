@@ -17,36 +17,38 @@ if TYPE_CHECKING:
 
 
 class TowerOutput(NamedTuple):
-    """interests (B, K, D), normalised, one row per interest. summary (B, D), a user's events as one vector.
+    """interests (B, K, D), normalised, one row per interest. user_embedding (B, D), a user's events as one vector.
 
-    tokens (T, D), the output of each event; a user's last one is the summary. None unless asked for.
+    tokens (T, D), the output of each event; a user's last one is the user embedding. None unless asked for.
     moments of all events (towers/elastic/moments.py); None from a tower without user states.
     """
 
     interests: torch.Tensor
-    summary: torch.Tensor
+    user_embedding: torch.Tensor
     tokens: torch.Tensor | None = None
     moments: Moments | None = None
 
 
 class SequenceTower(nn.Module):
-    """forward(tokens_TD, offsets_B1, times_s_T, every) -> TowerOutput.
+    """forward(tokens_TD, offsets_B1, times_s_T, all_positions) -> TowerOutput.
 
     tokens_TD: the events of all users, end to end, each user's in order of time, of unit scale. offsets_B1 int64: user
     b's events are [offsets[b], offsets[b+1]), [0, 3, 3, 5] for three users with 3, 0 and 2 events. times_s_T: int64
-    seconds. every: an output at each event is asked for; False leaves out `tokens`, and the work for them.
+    seconds. all_positions: an output at each event is asked for; False leaves out `tokens`, and the work for them.
 
-    What a tower can do stands in class attributes, which models and pipeline ask for instead of its name:
+    Class attributes tell what a tower can do; models and pipeline ask for them, not for names:
     is_causal      an event's output depends on no later event, so that it can be asked for and trained at each event
     has_states     a user can be continued (`step`), read at several moments of one pass (`readings`), and has moments
     has_memory     it can start from an interest memory
     has_positions  it takes histories of at most max_history events
+    embeds_gaps    it embeds the seconds since a user's event before; a table `gap` of the events would do so twice
     """
 
     is_causal: ClassVar[bool] = False
     has_states: ClassVar[bool] = False
     has_memory: ClassVar[bool] = False
     has_positions: ClassVar[bool] = False
+    embeds_gaps: ClassVar[bool] = False
 
     @classmethod
     def build(

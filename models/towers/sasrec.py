@@ -74,6 +74,7 @@ class Groups:
         return x_TD if self.plain else x_TD.index_select(0, self.token_S)
 
     def to_tokens(self, x_SD: torch.Tensor) -> torch.Tensor:
+        """(S, D) -> (T, D): padding slots are dropped."""
         return x_SD if self.plain else x_SD.index_select(0, self.slot_T)
 
 
@@ -94,6 +95,8 @@ def naive(query_BHNd, key_BHNd, value_BHNd, *, causal: bool, mask: torch.Tensor 
 
 
 class Block(nn.Module):
+    """A pre-norm block: forward(x_TD, groups) -> (T, D); `newest` gives the newest events' outputs alone."""
+
     def __init__(self, config: TowerConfig, attention: Callable[..., torch.Tensor]):
         super().__init__()
         width, hidden = config.width, config.ffn_multiple * config.width
@@ -131,7 +134,7 @@ class Block(nn.Module):
         for users, longest in groups.shapes:
             query_BH1d = self._split(query_UD[first : first + users], users, 1)[0]
             key_BHNd, value_BHNd = self._split(kv_SX[start : start + users * longest], users, longest)
-            mask = None  # a padding slot lies behind the newest event, but without causal=True it would be seen
+            mask = None  # a padding slot lies after the newest event, but without causal=True it would be seen
             if not groups.plain:
                 place_N = torch.arange(longest, device=x_TD.device)
                 mask = (place_N < groups.lengths_U[first : first + users, None])[:, None, None]
@@ -150,10 +153,11 @@ class Block(nn.Module):
 
 
 class Sasrec(SequenceTower):
-    """forward(tokens_TD, offsets_B1, times_s_T, every=True) -> TowerOutput. times_s_T is not used: SASRec knows order.
+    """forward(tokens_TD, offsets_B1, times_s_T, all_positions=True) -> TowerOutput.
 
-    interests (B, 1, D) is the summary again; summary (B, D) is the output of the user's newest event, zeros for a user
-    without events. every=False leaves out most of the last block as well.
+    times_s_T is not used: SASRec knows the order of events only. user_embedding (B, D) is the output of the user's
+    newest event, zeros for a user without events, and interests (B, 1, D) the same again. all_positions=False leaves
+    out most of the last block as well.
     Positions count from the end of each history, so an event's output depends on how many events follow, never on
     which. ValueError: a history of more than max_history events.
     attention: `sdpa`, or `naive` to see what the fused kernel saves.
@@ -174,7 +178,7 @@ class Sasrec(SequenceTower):
         return cls(config, max_history=max_history)
 
     def forward(
-        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = True
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, all_positions: bool = True
     ) -> TowerOutput:
         groups = Groups.build(offsets_B1)
         longest = max((n for _, n in groups.shapes), default=0)
@@ -183,9 +187,9 @@ class Sasrec(SequenceTower):
                 f"a history of {longest} events, but SASRec was made with positions for {len(self.position)}: give "
                 "each user's newest ones, or train with data.max_history set higher"
             )
-        summary_BD = tokens_TD.new_zeros(offsets_B1.numel() - 1, tokens_TD.shape[1])
+        user_BD = tokens_TD.new_zeros(offsets_B1.numel() - 1, tokens_TD.shape[1])
         if not groups.shapes:
-            return TowerOutput(summary_BD[:, None], summary_BD, tokens_TD if every else None)
+            return TowerOutput(user_BD[:, None], user_BD, tokens_TD if all_positions else None)
         T = tokens_TD.shape[0]
         end_T = offsets_B1[1:].repeat_interleave(offsets_B1.diff(), output_size=T)
         position_T = end_T - 1 - torch.arange(T, device=tokens_TD.device)
@@ -193,10 +197,10 @@ class Sasrec(SequenceTower):
         last_U = offsets_B1[groups.order_U + 1] - 1
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, groups)
-        if every:
+        if all_positions:
             outputs_TD = self.norm(self.blocks[-1](x_TD, groups))
             newest_UD = outputs_TD.index_select(0, last_U)
         else:
             outputs_TD, newest_UD = None, self.norm(self.blocks[-1].newest(x_TD, groups, last_U))
-        summary_BD = summary_BD.to(newest_UD.dtype).index_copy(0, groups.order_U, newest_UD)
-        return TowerOutput(summary_BD[:, None], summary_BD, outputs_TD)
+        user_BD = user_BD.to(newest_UD.dtype).index_copy(0, groups.order_U, newest_UD)
+        return TowerOutput(user_BD[:, None], user_BD, outputs_TD)

@@ -54,7 +54,7 @@ class Lab:
     @cached_property
     def ranking(self) -> Path:
         """A folder with a store that has impressions, a ranking run on it, and lists of candidates."""
-        from test_ranking_task import RANKING
+        from ranking_data import RANKING
 
         train = verb(
             "train", *RANKING, "optim.max_steps=6", f"data.store={self.trial}/store", f"run.dir={self.trial}/run"

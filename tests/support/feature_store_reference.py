@@ -115,3 +115,12 @@ def stored_histories(store: Store, columns: list[str]) -> dict:
 
 def pick(histories: dict, names: list[str]) -> dict:
     return {user: [tuple(e[n] for n in names) for e in events] for user, events in histories.items()}
+
+
+# A short life: less compiling, fewer tasks.
+QUICK = {
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+    "spark.sql.shuffle.partitions": "3",
+    "spark.ui.enabled": "false",
+    "spark.ui.showConsoleProgress": "false",
+}

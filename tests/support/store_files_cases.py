@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from feature_store_reference import make_store, random_events, write_events
-from test_impressions import config_of, random_impressions
-from test_user_states import fold_store
+from impressions import config_of, random_impressions
+from states import fold_store
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.config import AppendConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from test_spark import QUICK
+from feature_store_reference import QUICK
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig

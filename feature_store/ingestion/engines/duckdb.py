@@ -241,6 +241,7 @@ class DuckEngine(DuckSession):
         )
 
     def num_staged(self) -> int:
+        """Events that are staged now."""
         return self._one("SELECT count(*) FROM raw")
 
     def id_type(self, role: str) -> str | None:

@@ -58,6 +58,7 @@ class Column(NamedTuple):
 
     @property
     def kind(self) -> str:
+        """What its values are, as sources.kind_of says."""
         return kind_of(self.type)
 
     def each(self, make: Callable[[str], str]) -> str:
@@ -123,6 +124,7 @@ class ImpressionEngine(DuckSession):
                 )
 
     def percentiles(self) -> list[int]:
+        """101 times in the store's unit: element 90 is the time before which 90 % of the impressions come."""
         shares = ", ".join(str(percent / 100) for percent in range(101))
         return self._one(f"SELECT quantile_disc(timestamp, [{shares}]) FROM raw")
 

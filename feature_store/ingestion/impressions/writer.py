@@ -19,6 +19,7 @@ from elastic_rec.feature_store.utils.jagged import offsets_of, run_starts
 
 
 def impression_schema(user_type: str, labels: list[str], context: list[str]) -> pa.Schema:
+    """Arrow schema of the data files. user_type: "int64" or "string"; a label may be null, nothing else."""
     leaves = [pa.field("item", pa.int64(), nullable=False), *(pa.field(name, pa.float32()) for name in labels)]
     candidates = pa.list_(pa.field("element", pa.struct(leaves), nullable=False))
     bag = pa.list_(pa.field("element", pa.int64(), nullable=False))

@@ -1,6 +1,7 @@
 """Causal linear dispatcher attention on jagged histories: K experts as running sums, events that see no later event.
 
-    aggregate   P_k(t) = sum_{j<=t} w_kj(t) value[j],  w_kj(t) = softmax_j(ask[k] . key[j] - rate[k] · (t - time_j))
+    aggregate   P_k(t) = sum_{j<=t} w_kj(t) value[j]
+                w_kj(t) = softmax_j(expert_query[k] . key[j] - decay_per_s[k] · (t - time_j))
     dispatch    out[t] = mean value by ONE softmax of query[t] . key (+ bias[events between], for events) over
                 [K experts as they stood when t's chunk began ; events of the chunk before, and of the own up to t]
 
@@ -26,16 +27,16 @@ __all__ = ["Chunks", "Partial", "causal_aggregate", "causal_dispatch", "combine"
 
 
 def causal_aggregate(
-    ask_HKd: torch.Tensor,
+    expert_query_HKd: torch.Tensor,
     qkv_T3Hd: torch.Tensor,
     times_s_T: torch.Tensor,
-    rate_HK: torch.Tensor,
+    decay_per_s_HK: torch.Tensor,
     chunks: Chunks,
     start: Partial | None = None,
 ) -> Partial:
     """Running sums at every boundary -> Partial with R rows; `.mean()` gives P. The events' queries are not used.
 
-    times_s_T: int64 seconds. rate_HK: decay per second, ln 2 / half-life; zeros: nothing fades.
+    times_s_T: int64 seconds. decay_per_s_HK: ln 2 / half-life; zeros: nothing fades.
     start: one row per user, what earlier events left; the given events continue from it at a chunk's start.
     """
     T = chunks.tiles.num_tokens
@@ -50,7 +51,7 @@ def causal_aggregate(
         raise ValueError(
             f"start has {start.clock_R.shape[0]} rows for {chunks.tiles.num_users} users: one row per user"
         )
-    return aggregate(ask_HKd, qkv_T3Hd, times_s_T, rate_HK, chunks, start)
+    return aggregate(expert_query_HKd, qkv_T3Hd, times_s_T, decay_per_s_HK, chunks, start)
 
 
 def causal_dispatch(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 
 BLOCK_EVENTS = 4096  # worked on at a time: their scores stay in a CPU's cache, and bound the memory of an inner result
 
@@ -83,10 +83,12 @@ class Chunks:
 
     @property
     def chunk(self) -> int:
+        """Events per chunk, C."""
         return self.tiles.valid_NC.shape[1]
 
     @property
     def num_boundaries(self) -> int:
+        """Boundaries of all users, R."""
         return self.first_R.numel()
 
     def last_of_chunk_N(self) -> torch.Tensor:

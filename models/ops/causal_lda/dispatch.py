@@ -1,7 +1,7 @@
 """Events read experts and their window: batched products per chunk, block after block, with a backward pass by hand.
 
 Legend as in __init__; X = G*H, J = K + 2C slots: [experts ; chunk before ; own chunk]. A block's keys and values stand
-together in one buffer, its weights are made anew in the backward pass: only the arguments are kept for it.
+together in one buffer, its weights are made again in the backward pass: only the arguments are kept for it.
 Slots stand before events in scores_GHJC: the softmax then runs down columns and vectorises.
 """
 
@@ -16,6 +16,7 @@ from elastic_rec.models.ops.causal_lda.chunks import Block, Chunks
 def dispatch(
     qkv_T3Hd: torch.Tensor, experts_RK2Hd: torch.Tensor, bias_HW: torch.Tensor, chunks: Chunks
 ) -> torch.Tensor:
+    """The fast form of `causal_dispatch`: see there."""
     C, K = chunks.chunk, experts_RK2Hd.shape[1]
     distance_WC = torch.arange(C, device=bias_HW.device) + C - torch.arange(2 * C, device=bias_HW.device)[:, None]
     bias_HWC = bias_HW[:, distance_WC.clamp_min(0)].masked_fill(distance_WC < 0, -torch.inf)
@@ -48,7 +49,7 @@ class _Dispatch(torch.autograd.Function):
         grad_THd = grad_THd.contiguous()
         grad_qkv, grad_experts = torch.empty_like(qkv_T3Hd), torch.zeros_like(experts_RK2Hd)
         grad_bias = torch.zeros_like(bias_HJC, dtype=torch.promote_types(torch.float32, bias_HJC.dtype))
-        later_2HCd = None  # what the block behind this one sends to this one's last chunk
+        later_2HCd = None  # what the block after this one sends to this one's last chunk
         with torch.autocast(qkv_T3Hd.device.type, enabled=False):
             buffer, grad_buffer = _buffer(chunks, qkv_T3Hd, bias_HJC), _buffer(chunks, qkv_T3Hd, bias_HJC)
             for block in reversed(chunks.blocks):

@@ -1,4 +1,4 @@
-"""What a stretch of events leaves behind for an expert: a running softmax-weighted sum that can be continued."""
+"""What a run of events leaves for an expert: a running softmax-weighted sum that can be continued."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Partial(NamedTuple):
 
     @staticmethod
     def empty(rows: int, heads: int, experts: int, width: int, *, dtype=torch.float32, device=None) -> Partial:
+        """What no event leaves, in each of some rows."""
         return Partial(
             torch.full((rows, heads, experts), EMPTY, dtype=torch.float64, device=device),
             torch.zeros(rows, heads, experts, dtype=dtype, device=device),
@@ -35,17 +36,18 @@ class Partial(NamedTuple):
         return self.sum_RHKe / (self.norm_RHK + (self.norm_RHK == 0))[..., None]
 
     def rows(self, index: torch.Tensor) -> Partial:
+        """Some rows, in any order; index (X,) int64."""
         return Partial(*(tensor.index_select(0, index) for tensor in self))
 
 
-def combine(first: Partial, second: Partial, rate_HK: torch.Tensor) -> Partial:
-    """Two adjacent stretches as one; associative. rate_HK: decay per second, ln 2 / half-life.
+def combine(first: Partial, second: Partial, decay_per_s_HK: torch.Tensor) -> Partial:
+    """Two adjacent stretches as one; associative. decay_per_s_HK: ln 2 / half-life.
 
     The first fades by the seconds between the two clocks. The result's clock is the second's, unless that is empty.
     """
     is_empty_R = second.norm_RHK.flatten(1).eq(0).all(1)
     clock_R = torch.where(is_empty_R, first.clock_R, second.clock_R)
-    fade_R = (clock_R - first.clock_R).double()[:, None, None] * rate_HK.double()
+    fade_R = (clock_R - first.clock_R).double()[:, None, None] * decay_per_s_HK.double()
     max_first_RHK = first.max_RHK - fade_R
     max_RHK = torch.maximum(max_first_RHK, second.max_RHK)
     scale_first = (max_first_RHK - max_RHK).exp().to(first.norm_RHK.dtype)

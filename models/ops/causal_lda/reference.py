@@ -7,9 +7,11 @@ import torch
 from elastic_rec.models.ops.causal_lda.partial import Partial
 
 
-def aggregate(query_HKd, key_THd, value_THe, times_s_T, rate_HK, offsets_B1, chunk, start=None) -> Partial:
+def aggregate(query_HKd, key_THd, value_THe, times_s_T, decay_per_s_HK, offsets_B1, chunk, start=None) -> Partial:
     """The recurrence; a row for each user's start, each end of a full chunk, and the end of an open one."""
-    query_HKd, key_THd, value_THe, rate_HK = (t.double() for t in (query_HKd, key_THd, value_THe, rate_HK))
+    query_HKd, key_THd, value_THe, decay_per_s_HK = (
+        t.double() for t in (query_HKd, key_THd, value_THe, decay_per_s_HK)
+    )
     (H, K, _), e = query_HKd.shape, value_THe.shape[-1]
     rows = []
     for b, (first, end) in enumerate(zip(offsets_B1[:-1].tolist(), offsets_B1[1:].tolist(), strict=True)):
@@ -21,7 +23,7 @@ def aggregate(query_HKd, key_THd, value_THe, times_s_T, rate_HK, offsets_B1, chu
             m_HK, l_HK, a_HKe = m_HK.double(), l_HK.double(), a_HKe.double()
         rows.append((m_HK, l_HK, a_HKe, clock))
         for t in range(first, end):
-            faded_HK = m_HK - rate_HK * (times_s_T[t] - clock).double()
+            faded_HK = m_HK - decay_per_s_HK * (times_s_T[t] - clock).double()
             score_HK = (query_HKd * key_THd[t][:, None]).sum(-1)
             m_HK = torch.maximum(faded_HK, score_HK).detach()
             old_HK, new_HK = (faded_HK - m_HK).exp(), (score_HK - m_HK).exp()

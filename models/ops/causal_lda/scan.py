@@ -1,6 +1,6 @@
 """A linear recurrence over the boundaries of each user, in log2(longest) vectorised steps.
 
-    y_r = e^(log_decay_r) · y_(r-1) + x_r        y starts anew at a user's first boundary
+    y_r = e^(log_decay_r) · y_(r-1) + x_r        y starts from x at a user's first boundary
 
 Decays stay logarithms in float64 and are added, never multiplied: 10^5 of them lose no digits, and one that vanishes
 does so by rounding to 0. The backward pass is the same recurrence run from the other end; only y is kept for it.

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import torch_tiles
+from elastic_rec.models.tiles import TileLayout
 
 __all__ = ["lda_aggregate", "lda_dispatch"]
 

@@ -8,6 +8,7 @@ import torch
 def aggregate(
     query_BHKd: torch.Tensor, key_THd: torch.Tensor, value_THe: torch.Tensor, offsets_B1: torch.Tensor
 ) -> torch.Tensor:
+    """See `lda_aggregate`."""
     out = []
     for b, (start, end) in enumerate(zip(offsets_B1[:-1].tolist(), offsets_B1[1:].tolist(), strict=True)):
         key_HNd = key_THd[start:end].transpose(0, 1)
@@ -24,6 +25,7 @@ def dispatch(
     offsets_B1: torch.Tensor,
     groups: int = 1,
 ) -> torch.Tensor:
+    """See `lda_dispatch`."""
     out = []
     for b, (start, end) in enumerate(zip(offsets_B1[:-1].tolist(), offsets_B1[1:].tolist(), strict=True)):
         query_HNd = query_THd[start:end].transpose(0, 1)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 
 
 def aggregate(
     query_BHKd: torch.Tensor, key_THd: torch.Tensor, value_THe: torch.Tensor, layout: TileLayout
 ) -> torch.Tensor:
+    """See `lda_aggregate`."""
     B, H, K, _ = query_BHKd.shape
     e = value_THe.shape[-1]
     key_XCd = _tiles(key_THd, layout)  # X = N*H
@@ -41,6 +42,7 @@ def aggregate(
 def dispatch(
     query_THd: torch.Tensor, key_BHKd: torch.Tensor, value_BHKe: torch.Tensor, layout: TileLayout, groups: int
 ) -> torch.Tensor:
+    """See `lda_dispatch`."""
     _, H, K, e = value_BHKe.shape
     N, C = layout.valid_NC.shape
     query_XCd = _tiles(query_THd, layout)  # X = N*H

@@ -9,6 +9,7 @@ BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}  # logits of a block: 4 MiB fit
 
 
 def linear_cross_entropy(query_RD, table_CD, target_R, weight_R):
+    """The fast form: logits in blocks, made again for the backward pass."""
     device = query_RD.device.type
     dtype = query_RD.dtype
     if torch.is_autocast_enabled(device):

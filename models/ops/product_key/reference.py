@@ -6,6 +6,7 @@ import torch
 
 
 def topk(query_QHd: torch.Tensor, subkeys_H2nh: torch.Tensor, top_r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition: scores of all n_keys^2 pairs."""
     first_QHh, second_QHh = query_QHd.chunk(2, dim=-1)
     first_QHn = torch.einsum("qhd,hnd->qhn", first_QHh, subkeys_H2nh[:, 0])
     second_QHn = torch.einsum("qhd,hnd->qhn", second_QHh, subkeys_H2nh[:, 1])

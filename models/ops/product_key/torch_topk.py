@@ -6,6 +6,7 @@ import torch
 
 
 def topk(query_QHd: torch.Tensor, subkeys_H2nh: torch.Tensor, top_r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fast form: the best of both halves, then of their pairs."""
     Q = query_QHd.shape[0]
     H, _, n, h = subkeys_H2nh.shape
     halves_YQh = query_QHd.view(Q, H * 2, h).transpose(0, 1)  # Y = H*2, one product per head and half

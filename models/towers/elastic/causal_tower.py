@@ -16,8 +16,8 @@ from elastic_rec.models.towers.base import SequenceTower, TowerOutput
 from elastic_rec.models.towers.config import MemoryConfig, Time, TowerConfig
 from elastic_rec.models.towers.elastic.causal_layer import CausalAggregate, CausalStack, Depth
 from elastic_rec.models.towers.elastic.memory import InterestMemory, Seeds
+from elastic_rec.models.towers.elastic.micro_batches import in_micro_batches
 from elastic_rec.models.towers.elastic.moments import RunningMoments, moments_of
-from elastic_rec.models.towers.elastic.pieces import in_pieces
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, age_bucket
 from elastic_rec.models.towers.elastic.state import Fingerprint, UserState, check_state, num_kept
 from elastic_rec.models.towers.elastic.timeline import Timeline
@@ -46,7 +46,7 @@ def next_state(
         count_B=count_B,
         newest_BD=newest_BD.masked_fill((count_B == 0)[:, None], 0.0),
         times_s_E=timeline.times_s_E,
-        layers=[(read.sums.rows(folded_B), read.qkv_E3Hd) for read in depth.reads],
+        layers=[(layer_sums.sums.rows(folded_B), layer_sums.qkv_E3Hd) for layer_sums in depth.layer_sums],
         moments_Brf=moments_Brf,
         place_BW=((axis_B1[1:] - kept_B)[:, None] + slot_W).masked_fill(empty_BW, 0),
         empty_BW=empty_BW,
@@ -72,20 +72,22 @@ class Gap(nn.Module):
         return tokens_TD + F.embedding(bucket_T, self.gap)
 
 
-class Summarised(NamedTuple):
+class ReadOut(NamedTuple):
     """The output, and the newest event of each row of it before the output's norm (B, D)."""
 
     output: TowerOutput
     newest_BD: torch.Tensor
 
 
-class CausalSummary(nn.Module):
+class CausalReadout(nn.Module):
+    """forward(depth, moments_Brf, all_positions) -> ReadOut: a row per user, or per reading where there are some."""
+
     def __init__(self, config: TowerConfig):
         super().__init__()
         self.norm = nn.LayerNorm(config.width)
         self.mix = nn.Linear(config.width, config.width)
 
-    def forward(self, depth: Depth, moments_Brf: torch.Tensor, every: bool) -> Summarised:
+    def forward(self, depth: Depth, moments_Brf: torch.Tensor, all_positions: bool) -> ReadOut:
         timeline, T = depth.timeline, depth.tokens_TD.shape[0]
         if (at := timeline.readings) is None:
             end_BKD = depth.experts_RKD.index_select(0, timeline.chunks.end_B)
@@ -101,22 +103,27 @@ class CausalSummary(nn.Module):
         row_B = torch.where(has_new_B, newest_B, torch.arange(len(newest_B), device=newest_B.device) + T)
         newest_BD, tokens_TD = rows_XD.index_select(0, row_B), None
         if at is not None:
-            summary_BD = self.mix(self.norm(newest_BD))
+            user_BD = self.mix(self.norm(newest_BD))
         else:
             outputs_XD = self.mix(self.norm(rows_XD))
-            summary_BD, tokens_TD = outputs_XD.index_select(0, row_B), outputs_XD[:T] if every else None
-        return Summarised(TowerOutput(self.norm(end_BKD), summary_BD, tokens_TD, moments_of(moments_Brf)), newest_BD)
+            user_BD, tokens_TD = outputs_XD.index_select(0, row_B), outputs_XD[:T] if all_positions else None
+        return ReadOut(TowerOutput(self.norm(end_BKD), user_BD, tokens_TD, moments_of(moments_Brf)), newest_BD)
 
 
 class CausalTower(SequenceTower):
     """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput; step(..., state) -> (TowerOutput, UserState).
 
-    times_s_T: int64 seconds, in order within a user. `memory` is an InterestMemory or None. every=False leaves out
-    the output's `tokens` and most of the last layer: for who wants the users' summary and interests only.
-    TorchRec traces both (the tower owns the memory's bank): sub-module calls and indexing only.
+    user_embedding is the output of the user's newest event, and each row of `tokens` that of its event, which no later
+    event changes. A user without any event has the mean of the seeds' interests as its newest event, and moments of
+    zeros. all_positions=False leaves out the output's `tokens` and most of the last layer.
+
+    readings (user_I, ends_I): the output has a row per reading, of user_I as of just before event ends_I, a position on
+    the T axis. With offsets [0, 3, 5], reading (1, 4) is user 1 after its first event. No `tokens` then.
+    `memory` is an InterestMemory or None. TorchRec traces forward and step, because the tower owns the memory's bank:
+    they only call sub-modules and functions under `torch.fx.wrap`.
     """
 
-    is_causal = has_states = has_memory = True
+    is_causal = has_states = has_memory = embeds_gaps = True
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()
@@ -126,7 +133,7 @@ class CausalTower(SequenceTower):
         self.memory = InterestMemory(config, memory, causal=True, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else Seeds(config)
         self.stack = CausalStack(config)
-        self.moments, self.summary = RunningMoments(config), CausalSummary(config)
+        self.moments, self.summary = RunningMoments(config), CausalReadout(config)
         self._fingerprint = Fingerprint(self)
 
     def forward(
@@ -134,36 +141,44 @@ class CausalTower(SequenceTower):
         tokens_TD: torch.Tensor,
         offsets_B1: torch.Tensor,
         times_s_T: torch.Tensor,
-        every: bool = True,
+        all_positions: bool = True,
         readings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> TowerOutput:
         if readings is None:
-            return self.encode(tokens_TD, offsets_B1, times_s_T, None, every)[0]
+            return self.encode(tokens_TD, offsets_B1, times_s_T, None, all_positions)[0]
         return self.run(tokens_TD, offsets_B1, times_s_T, None, False, readings)[0]
 
     def encode(
-        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, state: UserState | None, every
+        self,
+        tokens_TD: torch.Tensor,
+        offsets_B1: torch.Tensor,
+        times_s_T: torch.Tensor,
+        state: UserState | None,
+        all_positions: bool,
     ) -> tuple[TowerOutput, UserState | None]:
-        """Without a state, users start from nothing and none is made."""
-        # Pieces where nothing is kept for a backward pass. Not on several ranks with a memory: its sharded lookups are
-        # collective, and ranks would differ in how many pieces they have.
+        """The events in micro-batches, or all at once. state None: users start from nothing, and none is made."""
+        # Micro-batches where nothing is kept for a backward pass. Not on several ranks with a memory: its sharded
+        # lookups are collective, and ranks would differ in how many micro-batches they have.
         alone = self.memory is None or not dist.is_initialized() or dist.get_world_size() == 1
         if alone and not torch.is_grad_enabled():
-            return in_pieces(self, tokens_TD, offsets_B1, times_s_T, state, every)
-        return self.run(tokens_TD, offsets_B1, times_s_T, state, every)
+            return in_micro_batches(self, tokens_TD, offsets_B1, times_s_T, state, all_positions)
+        return self.run(tokens_TD, offsets_B1, times_s_T, state, all_positions)
 
     def run(
-        self, tokens_TD, offsets_B1, times_s_T, state: UserState | None, every: bool, readings=None
+        self, tokens_TD, offsets_B1, times_s_T, state: UserState | None, all_positions: bool, readings=None
     ) -> tuple[TowerOutput, UserState | None]:
         """All events at once."""
         timeline = build_timeline(offsets_B1, times_s_T, self.config.chunk, state, readings)
         moments_Brf = self.moments(tokens_TD, timeline)
         tokens_TD = self.gap(tokens_TD, timeline)
-        read = self.first(tokens_TD, timeline)
-        experts_RKD = self.seeds(read.mean_RKD.shape[0]) if self.memory is None else self.memory(read, timeline)
-        depth = self.stack(tokens_TD, experts_RKD, read, timeline, every)
-        summarised = self.summary(depth, moments_Brf, every)
-        return summarised[0], next_state(timeline, depth, summarised[1], moments_Brf)
+        layer_sums = self.first(tokens_TD, timeline)
+        if self.memory is None:
+            experts_RKD = self.seeds(layer_sums.mean_RKD.shape[0])
+        else:
+            experts_RKD = self.memory(layer_sums, timeline)
+        depth = self.stack(tokens_TD, experts_RKD, layer_sums, timeline, all_positions)
+        read_out = self.summary(depth, moments_Brf, all_positions)
+        return read_out[0], next_state(timeline, depth, read_out[1], moments_Brf)
 
     def fingerprint(self) -> str:
         """32 hex digits that change with the tower's configuration and dense weights. Tables are trained together with
@@ -182,7 +197,7 @@ class CausalTower(SequenceTower):
         offsets_B1: torch.Tensor,
         times_s_T: torch.Tensor,
         state: UserState,
-        every: bool = True,
+        all_positions: bool = True,
     ) -> tuple[TowerOutput, UserState]:
         """New events of a batch of users (none for some) -> the output after them, and the next states.
 
@@ -191,4 +206,4 @@ class CausalTower(SequenceTower):
         """
         fingerprint = None if self.training else self.fingerprint()
         check_state(state, num_users=offsets_B1.numel() - 1, fingerprint=fingerprint)
-        return self.encode(tokens_TD, offsets_B1, times_s_T, state, every)
+        return self.encode(tokens_TD, offsets_B1, times_s_T, state, all_positions)

@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from elastic_rec.models.dropout import Dropout
-from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import lda_aggregate, lda_dispatch
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import TowerConfig
 
 
 class FeedForward(nn.Sequential):
+    """LayerNorm, two linear maps with a GELU between them, dropout: (..., D) -> (..., D)."""
+
     def __init__(self, width: int, multiple: int, dropout: float = 0.0):
         super().__init__(
             nn.LayerNorm(width),
@@ -45,6 +47,7 @@ class Projections(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def split(self, linear: nn.Linear) -> torch.Tensor:
+        """The weight by heads, (H, d, D)."""
         return linear.weight.view(self.heads, -1, linear.weight.shape[1])
 
 

@@ -25,13 +25,13 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.product_key import product_key_topk
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import Aggregate
 
 if TYPE_CHECKING:
-    from elastic_rec.models.towers.elastic.causal_layer import Read
+    from elastic_rec.models.towers.elastic.causal_layer import LayerSums
     from elastic_rec.models.towers.elastic.timeline import Timeline
 
 
@@ -58,6 +58,7 @@ class SlotChooser(nn.Module):
     """From contexts to slots, what both towers' selection shares. In training, counts the picks (`usage`)."""
 
     def add_query(self, config: TowerConfig, memory: MemoryConfig) -> None:
+        """Makes the query map, the sub-keys and the counts. Called last, after what else the class makes."""
         self.heads, self.top_r = memory.heads, memory.top_r
         width, half = config.width, config.width // 2
         self.query = nn.Linear(width, memory.heads * width, bias=False)
@@ -66,6 +67,7 @@ class SlotChooser(nn.Module):
         self.register_buffer("counts", torch.zeros(memory.num_slots, dtype=torch.int32), persistent=False)
 
     def choose(self, context_BKD: torch.Tensor, seeds_BKD: torch.Tensor, has_events_B: torch.Tensor) -> Selection:
+        """The slots that rows of contexts ask for. has_events_B: rows that count as use of their slots."""
         B, K, D = context_BKD.shape
         query_QHD = self.norm_query(self.query(context_BKD).view(B * K, self.heads, D))
         slot_ids_QHr, scores_QHr = product_key_topk(query_QHD, self.subkeys, self.top_r)
@@ -104,17 +106,17 @@ class SlotSelector(SlotChooser):
 
 
 class CausalSlotSelector(SlotChooser):
-    """forward(read, timeline) -> Selection with a row per boundary: each chunk's slots are asked for by the first
-    layer's sums over the chunks before it (causal_layer.Read), so no aggregate of its own is needed."""
+    """forward(layer_sums, timeline) -> Selection with a row per boundary: each chunk's slots are asked for by the first
+    layer's sums over the chunks before it (causal_layer.LayerSums), so no aggregate of its own is needed."""
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig):
         super().__init__()
         self.seeds = Seeds(config)
         self.add_query(config, memory)
 
-    def forward(self, read: Read, timeline: Timeline) -> Selection:
-        has_events_R = read.sums.norm_RHK.flatten(1).sum(1) > 0
-        return self.choose(read.mean_RKD, self.seeds(read.mean_RKD.shape[0]), has_events_R)
+    def forward(self, layer_sums: LayerSums, timeline: Timeline) -> Selection:
+        has_events_R = layer_sums.sums.norm_RHK.flatten(1).sum(1) > 0
+        return self.choose(layer_sums.mean_RKD, self.seeds(layer_sums.mean_RKD.shape[0]), has_events_R)
 
 
 @torch.fx.wrap
@@ -130,7 +132,7 @@ def read_slots(looked_up: dict[str, JaggedTensor], weights_BKS: torch.Tensor, se
 
 class InterestMemory(nn.Module):
     """forward(tokens_TD, layout) -> the experts that the first layer starts from (B, K, D).
-    Causal: forward(read, timeline) -> (R, K, D), experts at every boundary.
+    Causal: forward(layer_sums, timeline) -> (R, K, D), experts at every boundary.
 
     device: where the bank is made ("meta": when it is sharded); everything else is made on the CPU.
     """
@@ -158,7 +160,7 @@ class InterestMemory(nn.Module):
             device=torch.device(device or "cpu"),
         )
 
-    def forward(self, events: torch.Tensor | Read, layout: TileLayout | Timeline) -> torch.Tensor:
+    def forward(self, events: torch.Tensor | LayerSums, layout: TileLayout | Timeline) -> torch.Tensor:
         selection = self.select(events, layout)
         looked_up = self.bank(selection.features)
         return read_slots(looked_up, selection.weights_BKS, selection.seeds_BKD)

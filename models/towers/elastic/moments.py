@@ -75,6 +75,7 @@ class RunningMoments(nn.Module):
 
 
 def moments_of(sums_Xrf: torch.Tensor) -> Moments:
+    """Running sums (X, r+1, D+1) -> mean (X, D) and covariance (X, r, D); zeros where nothing was summed."""
     mean_Xrf = sums_Xrf / sums_Xrf[:, -1:, -1:].clamp_min(1.0)
     mean_XD, key_Xr = mean_Xrf[:, -1, :-1], mean_Xrf[:, :-1, -1]
     return Moments(mean_XD, mean_Xrf[:, :-1, :-1] - key_Xr[:, :, None] * mean_XD[:, None])

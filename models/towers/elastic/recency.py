@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import Time, TowerConfig
 
-NUM_EXACT = 16  # the newest events get a bucket each; behind them two buckets per doubling
+NUM_EXACT = 16  # the newest events get a bucket each; after them two buckets per doubling
 NUM_POSITION_BUCKETS = NUM_EXACT + 2 * 20  # up to 16 * 2^20 events, older ones share the last bucket
 NUM_AGE_BUCKETS = 40  # bit length of the age in seconds: 2^39 s is 17,000 years
 

@@ -52,6 +52,7 @@ class UserState:
     def empty(
         num_users: int, config: TowerConfig, *, fingerprint: str, dtype: torch.dtype = torch.float32, device=None
     ) -> UserState:
+        """States of users without events. ValueError: a dtype that states can't have."""
         if dtype not in DTYPES:
             raise ValueError(f"a state's dtype can't be {dtype}: choose one of {DTYPES}")
         B, L, H, K, W = num_users, config.layers, config.heads, config.experts, 2 * config.chunk
@@ -72,10 +73,12 @@ class UserState:
 
     @property
     def num_users(self) -> int:
+        """Users, B."""
         return self.count_B.numel()
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the keys and values kept."""
         return self.kept_BLW2Hd.dtype
 
     @property
@@ -85,6 +88,7 @@ class UserState:
         return self.times_s_BW.gather(1, (kept_B - 1).clamp_min(0)[:, None])[:, 0]
 
     def sums(self, layer: int) -> Partial:
+        """The running sums of a layer, B rows."""
         return Partial(self.max_BLHK[:, layer], self.norm_BLHK[:, layer], self.sum_BLHKd[:, layer], self.clock_s_B)
 
     def kept(self, layer: int) -> torch.Tensor:
@@ -96,9 +100,11 @@ class UserState:
         return self._each(lambda tensor: tensor.index_select(0, index))
 
     def detach(self) -> UserState:
+        """The same without a graph."""
         return self._each(torch.Tensor.detach)
 
     def to(self, device: torch.device | str) -> UserState:
+        """The same on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
     @staticmethod
@@ -184,6 +190,7 @@ def num_kept(count_B: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 def check_state(state: UserState, *, num_users: int, fingerprint: str | None) -> None:
+    """StateError: not one row per user, or another model's (fingerprint None: any)."""
     if state.num_users != num_users:
         raise StateError(f"states of {state.num_users} users for events of {num_users}: give one state per user")
     if fingerprint is not None:

@@ -1,4 +1,4 @@
-"""The time axis of a causal pass: the new events of each user, behind those of an earlier pass that are still open.
+"""The time axis of a causal pass: the new events of each user, after those of an earlier pass that are still open.
 
 Legend: B users, T new events, C events per chunk, E = T + the events kept in the users' states, W = 2C slots for them.
 
@@ -105,6 +105,7 @@ class Timeline:
 
     @property
     def num_users(self) -> int:
+        """Users, B."""
         return self.offsets_B1.numel() - 1
 
     def join(self, kept_BW: torch.Tensor, new_T: torch.Tensor) -> torch.Tensor:

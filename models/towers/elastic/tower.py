@@ -1,8 +1,8 @@
-"""The ELASTIC tower: a user's events in, K interests and one summary vector out, in time linear in the events.
+"""The ELASTIC tower: a user's events in, K interests and one vector per user out, in time linear in the events.
 
 Legend: B users (or prefixes), T events of all users, D width, K experts.
 
-Paper form (bidirectional): every event may see later ones of the same prefix, so targets must lie behind the prefix.
+Paper form (bidirectional): every event may see later ones of the same prefix, so a target must come after its prefix.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.base import SequenceTower, TowerOutput
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import LDAStack
@@ -24,8 +24,8 @@ def tile(tokens_TD: torch.Tensor, offsets_B1: torch.Tensor) -> TileLayout:
     return TileLayout.build(offsets_B1, tokens_TD.shape[0])
 
 
-class Summary(nn.Module):
-    """Experts -> (interests, summary). summary = linear map of the mean interest (ours). A map of its own for each
+class Readout(nn.Module):
+    """Experts -> TowerOutput. The user embedding is a linear map of the mean interest (ours). A map of its own for each
     expert, K·D·D weights, fitted MovieLens-100K no better in training and worse on held-out items."""
 
     def __init__(self, config: TowerConfig):
@@ -39,7 +39,7 @@ class Summary(nn.Module):
 
 
 class ElasticTower(SequenceTower):
-    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput. every: must stay False here, see CausalTower.
+    """forward(tokens_TD, offsets_B1, times_s_T) -> TowerOutput. all_positions must stay False: it raises ValueError.
 
     `memory` is an InterestMemory, or None when switched off: experts then start from learned seeds alone.
     TorchRec traces this forward (it owns the memory's bank): sub-module calls and indexing only.
@@ -53,12 +53,12 @@ class ElasticTower(SequenceTower):
         self.memory = InterestMemory(config, memory, device=device) if memory.enabled else None
         self.seeds = None if memory.enabled else Seeds(config)
         self.stack = LDAStack(config)
-        self.summary = Summary(config)
+        self.summary = Readout(config)
 
     def forward(
-        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, every: bool = False
+        self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, all_positions: bool = False
     ) -> TowerOutput:
-        if every:
+        if all_positions:
             raise ValueError("an output at each event would see later ones: set model.tower=elastic_causal")
         layout = tile(tokens_TD, offsets_B1)
         tokens_TD = self.recency(tokens_TD, times_s_T, layout)

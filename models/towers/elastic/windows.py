@@ -24,9 +24,10 @@ Window = tuple[int, int]  # number, how many
 
 
 class WindowedTower(CausalTower):
-    """forward(tokens_TD, offsets_B1, times_s_T, every, window) -> TowerOutput, after this window and those before it.
+    """forward(tokens_TD, offsets_B1, times_s_T, all_positions, window) -> TowerOutput after this window.
 
-    The windows of a batch of users must come in order; window 0 starts anew. The same parameters as CausalTower.
+    The windows of a batch of users must come in order; ValueError otherwise. Window 0 starts from nothing. The
+    parameters are those of CausalTower.
     """
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
@@ -39,11 +40,11 @@ class WindowedTower(CausalTower):
         tokens_TD: torch.Tensor,
         offsets_B1: torch.Tensor,
         times_s_T: torch.Tensor,
-        every: bool = True,
+        all_positions: bool = True,
         window: Window = (0, 1),
     ) -> TowerOutput:
         state = self.begin(offsets_B1, window)
-        return self.keep(self.encode(tokens_TD, offsets_B1, times_s_T, state, every), window)
+        return self.keep(self.encode(tokens_TD, offsets_B1, times_s_T, state, all_positions), window)
 
 
 class BeginState(nn.Module):

@@ -58,7 +58,7 @@ class Guesser(nn.Module):
         offsets_B1 = torch.arange(users + 1, device=items_BN.device) * length
         tokens_TD = self.norm(self.items(items_BN.flatten()))
         output = self.tower(tokens_TD, offsets_B1, torch.zeros_like(items_BN.flatten()), False, *window)
-        return self.head(output.summary) @ self.items.weight.T
+        return self.head(output.user_embedding) @ self.items.weight.T
 
 
 def train(

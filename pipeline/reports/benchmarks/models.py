@@ -61,13 +61,13 @@ class Setup:
             return self._gather(mode, events)
         if name in ELASTIC:
             config = replace(self.model, tower=name)
-            model, every = build_tower(config, self.memory), config.kind.is_causal and mode == "training"
+            model, all_positions = build_tower(config, self.memory), config.kind.is_causal and mode == "training"
         else:
             attention = naive if name == "naive" else sdpa
-            model, every = Sasrec(self.model, max_history=events, attention=attention), name != "sasrec_newest"
-        return self._encode(model, mode, events, every)
+            model, all_positions = Sasrec(self.model, max_history=events, attention=attention), name != "sasrec_newest"
+        return self._encode(model, mode, events, all_positions)
 
-    def _encode(self, model: nn.Module, mode: str, events: int, every: bool) -> Callable[[], None]:
+    def _encode(self, model: nn.Module, mode: str, events: int, all_positions: bool) -> Callable[[], None]:
         model = model.to(self.device).train(mode == "training")
         tokens_TD = torch.randn(events, self.model.width).to(self.device)
         offsets_B1 = torch.tensor([0, events], device=self.device)
@@ -75,13 +75,13 @@ class Setup:
 
         @torch.inference_mode()
         def infer() -> None:
-            model(tokens_TD, offsets_B1, times_s_T, every)
+            model(tokens_TD, offsets_B1, times_s_T, all_positions)
 
         def train() -> None:
             model.zero_grad(set_to_none=True)
             tokens_TD.grad = None
-            output = model(tokens_TD.requires_grad_(True), offsets_B1, times_s_T, every)
-            (output.summary if output.tokens is None else output.tokens).square().mean().backward()
+            output = model(tokens_TD.requires_grad_(True), offsets_B1, times_s_T, all_positions)
+            (output.user_embedding if output.tokens is None else output.tokens).square().mean().backward()
 
         return train if mode == "training" else infer
 

@@ -17,7 +17,7 @@ import torch
 
 from elastic_rec.models.ranking.config import RankingConfig
 from elastic_rec.models.ranking.histories import CAUSAL_VIEWS, CausalHistory
-from elastic_rec.models.ranking.model import Heads, Together
+from elastic_rec.models.ranking.model import CandidateFeatures, Heads
 from elastic_rec.models.ranking.target_attention import EventReader
 from elastic_rec.models.towers.elastic.state import UserState
 from elastic_rec.pipeline.reports.benchmarks.config import BenchmarkConfig, RankingTargets
@@ -61,7 +61,7 @@ def measure_all(config: BenchmarkConfig, log: Log) -> list[Timing]:
     torch.manual_seed(config.seed)
     history = CausalHistory(config.model, config.memory).eval()
     din = EventReader(width, last_n=suite.events).eval()
-    heads = Heads(RankingConfig(), CAUSAL_VIEWS, Together([], []), width=width, num_labels=1).eval()
+    heads = Heads(RankingConfig(), CAUSAL_VIEWS, CandidateFeatures([], []), width=width, num_labels=1).eval()
     calls: dict[tuple[str, int, int], list[Callable[[], object]]] = {}
     for candidates in suite.candidates:
         calls["tower", suite.events, candidates] = [_tower_call(config, history, candidates)] * CALLS

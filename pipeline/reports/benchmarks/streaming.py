@@ -107,7 +107,7 @@ def _fold_all(tower: CausalTower, state: UserState, newest_s: int, new_CD, catal
     start = time.perf_counter()
     for number, token_1D in enumerate(new_CD.split(1)):
         output, state = tower.step(token_1D, one_B1, torch.tensor([newest_s + 60 * (number + 1)]), state, False)
-        (output.summary @ catalogue_VD.T).topk(TOP_K)
+        (output.user_embedding @ catalogue_VD.T).topk(TOP_K)
     return (time.perf_counter() - start) / len(new_CD)
 
 

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from test_examples import BY_TIME, LOO, make, random_histories
+from histories import BY_TIME, LOO, make, random_histories
 
 from elastic_rec.feature_store.batches.prefix_batch import PrefixBatch
 from elastic_rec.feature_store.batches.sequences import Sequences

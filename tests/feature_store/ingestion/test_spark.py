@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from feature_store_reference import pick, random_events, reference_histories, stored_histories, write_events
+from feature_store_reference import QUICK, pick, random_events, reference_histories, stored_histories, write_events
 from helpers import command
 
 from elastic_rec.feature_store.ingestion.append import append
@@ -31,13 +31,6 @@ from elastic_rec.feature_store.utils.errors import DataError
 
 CONTEXT = ["action", "rating"]
 DROP = {name: "drop" for name in ("null_ids", "null_words", "bad_times", "future_times", "out_of_order", "gaps")}
-# A short life: less compiling, fewer tasks.
-QUICK = {
-    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-    "spark.sql.shuffle.partitions": "3",
-    "spark.ui.enabled": "false",
-    "spark.ui.showConsoleProgress": "false",
-}
 
 
 @pytest.fixture(scope="module")

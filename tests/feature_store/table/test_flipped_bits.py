@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from states import folder_of
 from store_files_cases import full_store
-from test_user_states import folder_of
 
 from elastic_rec.feature_store.inspection.verify import Findings, verify_store
 from elastic_rec.feature_store.reading.lookup import HistoryLookup

@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from feature_store_reference import make_store, pick, random_events, reference_histories, stored_histories
+from states import expected, fold_store, folder_of, states_of
 from store_files_cases import add_day, add_impressions
-from test_append import clean
-from test_paths import change
-from test_user_states import expected, fold_store, folder_of, states_of
+from stores import change, clean
 
 from elastic_rec.feature_store.reading import row_groups as decode
 from elastic_rec.feature_store.reading.history_reader import HistoryReader

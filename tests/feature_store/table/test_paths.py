@@ -1,21 +1,19 @@
 """Manifests that name files elsewhere are refused; links are not followed, and foreign files are not deleted."""
 
-import copy
 import json
 import os
 from pathlib import Path
 
 import pytest
 from feature_store_reference import make_store, random_events
+from states import fold_store
 from store_files_cases import add_day, add_impressions, full_store
-from test_append import back, clean
-from test_user_states import fold_store
+from stores import back, change, clean
 
 from elastic_rec.feature_store.datasets.files import commit_folder
 from elastic_rec.feature_store.ingestion.impressions.create import ingest_impressions
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.location import open_location
-from elastic_rec.feature_store.table.manifest import content_hash
 from elastic_rec.feature_store.table.store import Store
 from elastic_rec.feature_store.utils.errors import DataError
 
@@ -36,18 +34,6 @@ def precious(tmp_path) -> Path:
 
 def is_whole(precious: Path) -> bool:
     return [path.read_text() for path in precious.iterdir()] == ["dear"] * 5
-
-
-def change(content: dict, place: str, value) -> dict:
-    """A copy of `content` with another value at a dotted place, and the hash that goes with it."""
-    changed = copy.deepcopy(content)
-    *folders, key = place.split(".")
-    inside = changed
-    for name in folders:
-        inside = inside[int(name) if isinstance(inside, list) else name]
-    inside[int(key) if isinstance(inside, list) else key] = value
-    changed["hash"] = content_hash(changed)
-    return changed
 
 
 ELSEWHERE = [

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from feature_store_reference import make_store, random_events
+from states import fold_store
 from store_files_cases import add_day, add_impressions, full_store
-from test_append import back, clean
-from test_user_states import fold_store
+from stores import back, clean
 
 from elastic_rec.feature_store.datasets.files import MARKER, commit_folder
 from elastic_rec.feature_store.table.store import Store

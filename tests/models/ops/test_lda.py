@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import lda_aggregate, lda_dispatch, reference
+from elastic_rec.models.tiles import TileLayout
 
 LENGTHS = [64, 0, 1, 129, 7]
 

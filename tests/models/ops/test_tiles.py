@@ -2,7 +2,7 @@
 
 import torch
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 
 LENGTHS = [0, 1, 7, 64, 129, 0, 32]
 

@@ -18,7 +18,7 @@ from elastic_rec.feature_store.table.store import Store
 from elastic_rec.models.ranking import target_attention
 from elastic_rec.models.ranking.config import RankingConfig
 from elastic_rec.models.ranking.histories import CausalHistory, MeanHistory
-from elastic_rec.models.ranking.model import RankingModel, RatedEvents, pair_loss
+from elastic_rec.models.ranking.model import EventInteraction, RankingModel, pair_loss
 from elastic_rec.models.ranking.target_attention import ActivationUnit, EventReader
 from elastic_rec.models.retrieval.model import EventTable
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
@@ -191,7 +191,7 @@ def test_a_reader_of_a_thousand_events_keeps_no_pairs():
 
 
 def test_an_event_is_its_item_and_how_it_went():
-    events = RatedEvents(["item", "rating", "gap"], D, 0.0)
+    events = EventInteraction(["item", "rating", "gap"], D, 0.0)
     g = torch.Generator().manual_seed(0)
     item, rating, gap = (torch.randn(5, D, generator=g) for _ in range(3))
     embedded = {
@@ -200,7 +200,7 @@ def test_an_event_is_its_item_and_how_it_went():
     rest = rating + gap
     wanted = F.layer_norm(item + rest + D**0.5 * item * rest, (D,))
     torch.testing.assert_close(events(embedded), wanted)
-    alone = RatedEvents(["item"], D, 0.0)
+    alone = EventInteraction(["item"], D, 0.0)
     torch.testing.assert_close(alone(embedded), F.layer_norm(item, (D,)))
 
 

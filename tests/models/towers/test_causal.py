@@ -5,47 +5,19 @@ import math
 
 import pytest
 import torch
-from test_retrieval_model import gloo, make_batch, shard  # noqa: F401 (gloo is a fixture)
-from test_tower import Allocations
+from retrieval import make_batch, shard
 from torch.nn import functional as F
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from towers import LENGTHS, Allocations, C, D, H, K, events, every_batch, make_tower
 
 from elastic_rec.models.ops.causal_lda import chunks as chunks_module
 from elastic_rec.models.ops.causal_lda import reference
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
-from elastic_rec.models.towers.base import build_tower
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
 from elastic_rec.models.towers.elastic.recency import age_bucket
 from elastic_rec.models.towers.elastic.tower import ElasticTower
-
-D, K, H, C = 16, 4, 2, 4
-LENGTHS = [0, 1, C - 1, C, C + 1, 2 * C + 1, 37]
-
-
-def make_tower(*, memory=True, layers=2, dropout=0.0, chunk=C, half_life=True, moments=0):
-    torch.manual_seed(0)
-    config = TowerConfig(
-        width=D,
-        heads=H,
-        experts=K,
-        layers=layers,
-        dropout=dropout,
-        tower="elastic_causal",
-        chunk=chunk,
-        half_life=half_life,
-        moments=moments,
-    )
-    return build_tower(config, MemoryConfig(enabled=memory, num_keys=8, heads=2, top_r=3))
-
-
-def events(lengths, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    offsets_B1 = torch.tensor([0, *lengths]).cumsum(0)
-    T = int(offsets_B1[-1])
-    gaps_s = torch.exp(16 * torch.rand(T, generator=g)).long()  # seconds to a hundred days
-    return torch.randn(T, D, generator=g).to(dtype), offsets_B1, 1_600_000_000 + gaps_s.cumsum(0)
 
 
 def by_definition(tower, tokens_TD, offsets_B1, times_s_T):
@@ -121,22 +93,24 @@ def test_later_events_change_no_bit(memory):
         assert torch.equal(after[: t + 1], before[: t + 1]) and (t == 76 or not torch.equal(after, before))
         cut = tower(tokens_TD[: t + 1], torch.tensor([0, 40, t + 1]), times_s_T[: t + 1])
         assert torch.equal(cut.tokens, before[: t + 1])
-        assert torch.equal(cut.summary[1], before[t])
+        assert torch.equal(cut.user_embedding[1], before[t])
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("lengths", [LENGTHS, [0], [0, 0, 3 * C]])
 def test_newest_events_only_are_the_same_for_less(lengths, layers):
-    """every=False: summary, interests and all gradients as with every output; the last layer's hardly cost anything."""
+    """all_positions=False: the same embeddings, interests and gradients; the last layer's hardly cost anything."""
     tower, batch = make_tower(layers=layers), events(lengths)
     results = []
-    for every in (True, False):
+    for all_positions in (True, False):
         batch[0].grad = None
         tower.zero_grad()
-        out = tower(batch[0].requires_grad_(True), *batch[1:], every=every)
-        assert (out.tokens is None) == (not every)
-        (out.summary.square().mul(torch.arange(D)).sum() + out.interests.square().mul(torch.arange(D)).sum()).backward()
-        results.append([out.summary, out.interests, batch[0].grad, *(p.grad for p in tower.parameters())])
+        out = tower(batch[0].requires_grad_(True), *batch[1:], all_positions=all_positions)
+        assert (out.tokens is None) == (not all_positions)
+        (
+            out.user_embedding.square().mul(torch.arange(D)).sum() + out.interests.square().mul(torch.arange(D)).sum()
+        ).backward()
+        results.append([out.user_embedding, out.interests, batch[0].grad, *(p.grad for p in tower.parameters())])
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(
             got, want, rtol=1e-4, atol=1e-5 * max(want.abs().max().item(), 1) if want.numel() else 0
@@ -183,19 +157,19 @@ def test_neighbours_change_nothing(memory):
     for got in (alone, beside_nan):
         torch.testing.assert_close(got.tokens[-37:], out.tokens[start:], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got.interests[-1], out.interests[-1], rtol=1e-6, atol=1e-6)
-        assert torch.equal(got.summary[-1], got.tokens[-1])
+        assert torch.equal(got.user_embedding[-1], got.tokens[-1])
 
 
 @pytest.mark.parametrize("memory", [True, False])
 @pytest.mark.parametrize("lengths", [LENGTHS, [0, 5, 0], [1], [0], [0, 0]])
 def test_every_parameter_has_a_gradient_in_every_batch(lengths, memory):
-    """From the summary alone, as the retrieval head uses it: DistributedDataParallel waits for parameters left out."""
+    """From the user embedding alone, as the retrieval head uses it: DDP waits for parameters that are left out."""
     tower = make_tower(memory=memory, dropout=0.1)
     tokens_TD, offsets_B1, times_s_T = events(lengths)
     out = tower(tokens_TD.requires_grad_(True), offsets_B1, times_s_T)
-    assert out.interests.shape == (len(lengths), K, D) and out.summary.shape == (len(lengths), D)
+    assert out.interests.shape == (len(lengths), K, D) and out.user_embedding.shape == (len(lengths), D)
     assert out.tokens.shape == tokens_TD.shape
-    out.summary.square().mul(torch.arange(D)).sum().backward()
+    out.user_embedding.square().mul(torch.arange(D)).sum().backward()
     for name, parameter in tower.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert lengths is not LENGTHS or parameter.grad.abs().sum() > 0, name
@@ -249,20 +223,7 @@ def test_the_retrieval_model_takes_either_tower():
     with pytest.raises(ValueError, match=r"model\.tower=elastic trains on the answer"):
         make_model("elastic", every_position=True)
     with pytest.raises(ValueError, match=r"set model\.tower=elastic_causal"):
-        paper.tower(torch.zeros(1, 16), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64), every=True)
-
-
-def every_batch(seed=0):
-    """One stretch per user, with the following event as each event's target."""
-    batch = make_batch(seed)
-    lengths_R = batch.ends - batch.starts
-    P = int(lengths_R.sum())
-    g = torch.Generator().manual_seed(seed)
-    batch.targets, batch.weights = torch.randint(2, 102, (P,), generator=g), torch.ones(P)
-    batch.weights[::3] = 0
-    batch.query_gap_s = torch.randint(-1, 10**6, (P,), generator=g)
-    batch.normaliser = batch.weights.sum()
-    return batch
+        paper.tower(torch.zeros(1, 16), torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int64), all_positions=True)
 
 
 def test_a_loss_at_every_position_is_that_of_each_prefix():
@@ -294,7 +255,7 @@ def test_autocast_to_bfloat16_trains_and_stays_near():
 
 
 @pytest.mark.parametrize("every_position", [True, False])
-def test_sharded_and_pipelined_equals_plain(gloo, every_position):  # noqa: F811
+def test_sharded_and_pipelined_equals_plain(gloo, every_position):
     plain = make_model("elastic_causal", every_position)
     sharded, optimizer = shard(copy.deepcopy(plain))
     batches = [every_batch(seed) if every_position else make_batch(seed) for seed in range(4)]
@@ -334,7 +295,7 @@ def test_it_learns_what_happened_long_ago():
         tokens_BND = torch.zeros(32, 64, D)
         tokens_BND[:, 1:, : D // 2] = torch.randn(32, 63, D // 2, generator=g)
         tokens_BND[:, 0, D // 2 :] = marks[answer_B]
-        logits = head(tower(tokens_BND.flatten(0, 1), offsets_B1, times_s_T).summary)
+        logits = head(tower(tokens_BND.flatten(0, 1), offsets_B1, times_s_T).user_embedding)
         loss = F.cross_entropy(logits, answer_B)
         optimizer.zero_grad()
         loss.backward()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_causal import C, D, H, K, events, every_batch
+from towers import C, D, H, K, events, every_batch
 
 from elastic_rec.models.retrieval.model import EventTable, RetrievalModel
 from elastic_rec.models.towers.base import build_tower
@@ -27,7 +27,7 @@ def test_without_time_only_the_order_counts():
     for kind in ("elastic_causal", "elastic"):
         for time, same in (("none", True), ("past", False)):
             tower = build_tower(TowerConfig(**config, tower=kind, time=time), MemoryConfig(num_keys=8)).eval()
-            one, other = (tower(tokens_TD, offsets_B1, t).summary for t in (times_s_T, times_s_T // 1000))
+            one, other = (tower(tokens_TD, offsets_B1, t).user_embedding for t in (times_s_T, times_s_T // 1000))
             assert torch.equal(one, other) is same, (kind, time)
             assert any("half_life" in name for name, _ in tower.named_parameters()) is (
                 kind == "elastic_causal" and time == "past"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from elastic_rec.models.jagged import TileLayout
 from elastic_rec.models.ops.lda import reference
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.layer import Aggregate, Dispatch, LDALayer
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from elastic_rec.models.jagged import TileLayout
+from elastic_rec.models.tiles import TileLayout
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.memory import InterestMemory, slot_usage
 from elastic_rec.models.towers.elastic.recency import NUM_AGE_BUCKETS, NUM_POSITION_BUCKETS, age_bucket, position_bucket

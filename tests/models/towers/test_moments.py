@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_causal import LENGTHS, C, D, events, make_tower
-from test_state import run
+from towers import LENGTHS, C, D, events, make_tower, run
 
 from elastic_rec.models.ranking.histories import MomentReader
 from elastic_rec.models.towers.config import TowerConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_causal import LENGTHS, C, D, events
+from towers import LENGTHS, C, D, events
 
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.causal_tower import CausalTower
@@ -31,7 +31,7 @@ def readings(offsets_B1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def loss_of(output, weights_IKD: torch.Tensor) -> torch.Tensor:
     moments = (output.moments.mean * weights_IKD[:, 1]).sum() + (output.moments.covariance.sum(1) ** 2).sum()
-    return (output.interests * weights_IKD).sum() + (output.summary * weights_IKD[:, 0]).sum() + moments
+    return (output.interests * weights_IKD).sum() + (output.user_embedding * weights_IKD[:, 0]).sum() + moments
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -52,7 +52,7 @@ def test_a_reading_equals_a_pass_over_the_events_before_it_and_so_do_gradients(m
     want = plain(tokens_TD[index], cut_I1, times_s_T[index], False)
     loss_of(want, weights).backward()
     torch.testing.assert_close(got.interests, want.interests, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got.summary, want.summary, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.user_embedding, want.user_embedding, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.moments, want.moments, rtol=1e-4, atol=1e-5)
     want_grad = [tokens_TD.grad, *(p.grad for p in plain.parameters() if p.grad is not None)]
     for a, b in zip(got_grad, want_grad, strict=True):
@@ -68,10 +68,10 @@ def test_a_later_event_changes_no_bit_of_a_reading():
     changed_TD[18:37], later_T[18:37] = torch.randn(19, D), later_T[18:37] + 10**7
     changed_TD[40:] += 1.0
     after = tower(changed_TD, offsets_B1, later_T, readings=(user_I, ends_I))
-    assert torch.equal(before.interests, after.interests) and torch.equal(before.summary, after.summary)
+    assert torch.equal(before.interests, after.interests) and torch.equal(before.user_embedding, after.user_embedding)
     assert all(torch.equal(a, b) for a, b in zip(before.moments, after.moments, strict=True))
     late = tower(changed_TD, offsets_B1, later_T, readings=(torch.tensor([0]), torch.tensor([19])))
-    assert not torch.allclose(late.summary, before.summary[1])
+    assert not torch.allclose(late.user_embedding, before.user_embedding[1])
 
 
 def test_no_events_at_all():
@@ -81,7 +81,7 @@ def test_no_events_at_all():
     got = tower(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, readings=at)
     want = plain(torch.zeros(0, D), torch.zeros(3, dtype=torch.int64), none, False)
     torch.testing.assert_close(got.interests, want.interests)
-    torch.testing.assert_close(got.summary, want.summary)
+    torch.testing.assert_close(got.user_embedding, want.user_embedding)
     assert all(not a.any() and torch.equal(a, b) for a, b in zip(got.moments, want.moments, strict=True))
 
 
@@ -95,5 +95,5 @@ def test_a_stored_state_answers_with_the_same_numbers():
         output, _ = tower.step(torch.zeros(0, D), torch.zeros(2, dtype=torch.int64), none, state, False)
         got = tower(tokens_TD, offsets_B1, times_s_T, readings=(torch.tensor([0]), torch.tensor([21])))
     torch.testing.assert_close(output.interests, got.interests, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(output.summary, got.summary, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.user_embedding, got.user_embedding, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(output.moments, got.moments, rtol=1e-4, atol=1e-5)

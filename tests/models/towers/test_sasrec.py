@@ -62,24 +62,24 @@ def test_outputs_and_gradients_follow_the_definition(attention):
     tokens_TD.requires_grad_(True)
     want = definition(model, tokens_TD, rest[0])
     got = model(tokens_TD, *rest)
-    torch.testing.assert_close((got.tokens, got.summary), want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close((got.tokens, got.user_embedding), want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(got.interests[:, 0], want[1], rtol=1e-10, atol=1e-10)
     expected = gradients(model, want, tokens_TD)
-    for name, grad in gradients(model, (got.tokens, got.summary), tokens_TD).items():
+    for name, grad in gradients(model, (got.tokens, got.user_embedding), tokens_TD).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("attention", [sdpa, naive])
 @pytest.mark.parametrize("lengths", [LENGTHS, [40], [8, 8, 8], [0, 3]])
-def test_the_newest_event_alone_is_the_same_summary(attention, lengths):
+def test_the_newest_event_alone_is_the_same_user_embedding(attention, lengths):
     model = make(attention)
     tokens_TD, *rest = events(lengths)
     tokens_TD.requires_grad_(True)
-    every, newest = model(tokens_TD, *rest), model(tokens_TD, *rest, every=False)
+    all_outputs, newest = model(tokens_TD, *rest), model(tokens_TD, *rest, all_positions=False)
     assert newest.tokens is None
-    torch.testing.assert_close(newest.summary, every.summary, rtol=1e-10, atol=1e-10)
-    expected = gradients(model, [every.summary], tokens_TD)
-    for name, grad in gradients(model, [newest.summary], tokens_TD).items():
+    torch.testing.assert_close(newest.user_embedding, all_outputs.user_embedding, rtol=1e-10, atol=1e-10)
+    expected = gradients(model, [all_outputs.user_embedding], tokens_TD)
+    for name, grad in gradients(model, [newest.user_embedding], tokens_TD).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -92,23 +92,25 @@ def test_float32_errs_like_float32():
     assert 0 < error <= allowed
 
 
-@pytest.mark.parametrize("every", [True, False])
-def test_users_do_not_see_each_other(every):
+@pytest.mark.parametrize("all_positions", [True, False])
+def test_users_do_not_see_each_other(all_positions):
     """Another user's NaN and absence change nothing, and no gradient reaches another user."""
     model = make(dtype=torch.float32)
     tokens_TD, offsets_B1, times_s_T = events(LENGTHS, torch.float32)
-    out = model(tokens_TD, offsets_B1, times_s_T, every=every)
+    out = model(tokens_TD, offsets_B1, times_s_T, all_positions=all_positions)
     start, end = int(offsets_B1[3]), int(offsets_B1[4])
     strangers = torch.full_like(tokens_TD, torch.nan)
     strangers[start:end] = tokens_TD[start:end]
-    beside_nan = model(strangers, offsets_B1, times_s_T, every=every)
-    torch.testing.assert_close(beside_nan.summary[3], out.summary[3], rtol=1e-6, atol=1e-6)
-    assert beside_nan.summary[0].isnan().all()  # the NaN did reach those it belongs to
-    alone = model(tokens_TD[start:end], torch.tensor([0, end - start]), times_s_T[start:end], every=every)
-    torch.testing.assert_close(alone.summary[0], out.summary[3], rtol=1e-5, atol=1e-5)
-    # Gradients, too: user 3's summary pulls on user 3's events only.
+    beside_nan = model(strangers, offsets_B1, times_s_T, all_positions=all_positions)
+    torch.testing.assert_close(beside_nan.user_embedding[3], out.user_embedding[3], rtol=1e-6, atol=1e-6)
+    assert beside_nan.user_embedding[0].isnan().all()  # the NaN did reach those it belongs to
+    alone = model(
+        tokens_TD[start:end], torch.tensor([0, end - start]), times_s_T[start:end], all_positions=all_positions
+    )
+    torch.testing.assert_close(alone.user_embedding[0], out.user_embedding[3], rtol=1e-5, atol=1e-5)
+    # Gradients, too: user 3's embedding pulls on user 3's events only.
     tokens_TD.requires_grad_(True)
-    model(tokens_TD, offsets_B1, times_s_T, every=every).summary[3].square().sum().backward()
+    model(tokens_TD, offsets_B1, times_s_T, all_positions=all_positions).user_embedding[3].square().sum().backward()
     touched = tokens_TD.grad.abs().sum(1) > 0
     assert touched[start:end].all() and touched.sum() == end - start
 
@@ -121,15 +123,15 @@ def test_the_future_changes_nothing():
     before, after = (model(x, offsets_B1, times_s_T).tokens for x in (tokens_TD, changed))
     assert torch.equal(before[:25], after[:25])
     assert not torch.equal(before[25:], after[25:])
-    stretched = model(tokens_TD.flip(0), offsets_B1, times_s_T).summary
+    stretched = model(tokens_TD.flip(0), offsets_B1, times_s_T).user_embedding
     assert not torch.allclose(stretched, before[-1:])  # the order of events matters
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [0]])
-@pytest.mark.parametrize("every", [True, False])
-def test_no_events_at_all(lengths, every):
-    out = make()(*events(lengths), every=every)
-    assert torch.equal(out.summary, torch.zeros(len(lengths), D, dtype=torch.float64))
+@pytest.mark.parametrize("all_positions", [True, False])
+def test_no_events_at_all(lengths, all_positions):
+    out = make()(*events(lengths), all_positions=all_positions)
+    assert torch.equal(out.user_embedding, torch.zeros(len(lengths), D, dtype=torch.float64))
 
 
 def test_padding_stays_under_half():
@@ -143,9 +145,9 @@ def test_padding_stays_under_half():
 
 def test_dropout_is_on_in_training_only():
     model, batch = make(dropout=0.5), events([9])
-    assert not torch.equal(model(*batch).summary, model(*batch).summary)
+    assert not torch.equal(model(*batch).user_embedding, model(*batch).user_embedding)
     model.eval()
-    assert torch.equal(model(*batch).summary, model(*batch).summary)
+    assert torch.equal(model(*batch).user_embedding, model(*batch).user_embedding)
 
 
 def test_a_history_beyond_its_positions_is_refused():

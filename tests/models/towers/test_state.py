@@ -5,28 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_causal import LENGTHS, C, D, events, make_tower
+from towers import LENGTHS, C, D, events, make_tower, run
 
 from elastic_rec.models.towers.elastic.state import StateError, UserState
 
 ONE_BY_ONE = [[i] for i in range(1, 38)]
-
-
-def run(tower, tokens_TD, offsets_B1, times_s_T, cuts, *, dtype=torch.float32, through_bytes=False, every=True):
-    """Feed all users at once. cuts: at step i each user has had its first cuts[i] events (a list: one per user)."""
-    starts, ends = offsets_B1[:-1], offsets_B1[1:]
-    state = tower.init_state(len(starts), dtype=dtype)
-    tokens, done = torch.zeros_like(tokens_TD), starts
-    for cut in cuts:
-        until = torch.minimum(starts + torch.tensor(cut), ends)
-        rows = torch.cat([torch.arange(a, b) for a, b in zip(done.tolist(), until.tolist(), strict=True)])
-        new_B1 = torch.cat([torch.zeros(1, dtype=torch.int64), (until - done).cumsum(0)])
-        out, state = tower.step(tokens_TD[rows], new_B1, times_s_T[rows], state, every)
-        if through_bytes:
-            state = UserState.from_bytes(state.to_bytes(), tower)
-        tokens = tokens.index_copy(0, rows, out.tokens) if every else tokens
-        done = until
-    return tokens, out, state
 
 
 @pytest.mark.parametrize(("layers", "memory", "half_life"), [(1, False, True), (3, True, True), (3, False, False)])
@@ -45,11 +28,15 @@ def test_any_split_is_the_whole_pass(cuts, layers, memory, half_life):
     with torch.no_grad():
         whole = tower(*batch)
         tokens, out, state = run(tower, *batch, cuts, through_bytes=True)
-        newest, newest_state = run(tower, *batch, cuts, every=False)[1:]
+        newest, newest_state = run(tower, *batch, cuts, all_positions=False)[1:]
     assert torch.equal(newest_state.kept_BLW2Hd, state.kept_BLW2Hd) and newest.tokens is None
-    torch.testing.assert_close(newest.summary, out.summary, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(newest.user_embedding, out.user_embedding, rtol=1e-5, atol=1e-6)
     assert state.count_B.tolist() == LENGTHS
-    for got, want in ((tokens, whole.tokens), (out.summary, whole.summary), (out.interests, whole.interests)):
+    for got, want in (
+        (tokens, whole.tokens),
+        (out.user_embedding, whole.user_embedding),
+        (out.interests, whole.interests),
+    ):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
@@ -143,7 +130,7 @@ def test_users_can_be_reordered_and_joined():
         out, after = tower.step(batch[0][-17:], torch.tensor([0, 17, 17, 17, 17]), batch[2][-17:], joined)
         whole = tower(*batch)
     torch.testing.assert_close(
-        out.summary, whole.summary[order], rtol=1e-5, atol=1e-5
+        out.user_embedding, whole.user_embedding[order], rtol=1e-5, atol=1e-5
     )  # also of users without new ones
     torch.testing.assert_close(out.interests, whole.interests[order], rtol=1e-5, atol=1e-5)
     assert after.count_B.tolist() == [37, 0, 9, 1]
@@ -159,7 +146,7 @@ def test_no_new_events_at_all_changes_no_byte():
             nothing = torch.zeros(len(lengths) + 1, dtype=torch.int64)
             again, same = tower.step(torch.zeros(0, D), nothing, nothing[:0], state)
         assert (same.to_bytes() == state.to_bytes()).all()
-        torch.testing.assert_close(again.summary, out.summary, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(again.user_embedding, out.user_embedding, rtol=1e-6, atol=1e-6)
 
 
 def test_foreign_and_damaged_states_are_refused():
@@ -203,7 +190,7 @@ def test_times_of_steps_are_those_of_the_whole_pass():
     tokens_TD, offsets_B1, times_s_T = events([30])
     with torch.no_grad():
         first, shifted, stretched = (
-            run(tower, tokens_TD, offsets_B1, times, [[13], [30]])[1].summary
+            run(tower, tokens_TD, offsets_B1, times, [[13], [30]])[1].user_embedding
             for times in (times_s_T, times_s_T + 10**8, times_s_T + 10**8 * (torch.arange(30) >= 13))
         )
     assert torch.equal(first, shifted)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_examples import LOO, make, random_histories
+from histories import LOO, make, random_histories
 
 from elastic_rec.feature_store.batches.splits import Targets
 from elastic_rec.feature_store.batches.windows import HistoryWindows

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from towers import Allocations
 
-from elastic_rec.models.jagged import TILE
+from elastic_rec.models.tiles import TILE
 from elastic_rec.models.towers.config import MemoryConfig, TowerConfig
 from elastic_rec.models.towers.elastic.tower import ElasticTower
 
@@ -25,21 +24,6 @@ def events(lengths, seed=0):
     offsets_B1 = torch.tensor([0, *lengths]).cumsum(0)
     T = int(offsets_B1[-1])
     return torch.randn(T, D, generator=g), offsets_B1, torch.randint(0, 3600, (T,), generator=g).cumsum(0)
-
-
-class Allocations(TorchDispatchMode):
-    """Remembers the largest tensor that any op gives back, forward or backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.shape = 0, ()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and leaf.numel() > self.largest:
-                self.largest, self.shape = leaf.numel(), (str(func), *leaf.shape)
-        return out
 
 
 def padded_aggregate(tokens_TD, offsets_B1):
@@ -69,7 +53,7 @@ def test_no_padded_and_no_quadratic_tensor():
     bound = (T + B * TILE) * MULTIPLE * D
     assert bound < B * LONGEST < LONGEST**2
     tower = make_tower(dropout=0.1)
-    seen = largest_allocation(lambda *x: tower(*x).summary, tokens_TD, offsets_B1, times_s_T)
+    seen = largest_allocation(lambda *x: tower(*x).user_embedding, tokens_TD, offsets_B1, times_s_T)
     assert T * D <= seen.largest <= bound, seen.shape
     # The same check catches both ways of getting it wrong.
     assert largest_allocation(padded_aggregate, tokens_TD, offsets_B1).largest >= B * LONGEST
@@ -86,7 +70,7 @@ def saved_numbers(tower, lengths):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = tower(tokens_TD.requires_grad_(True), offsets_B1, times_s_T)
-    assert out.summary.requires_grad
+    assert out.user_embedding.requires_grad
     return sum(storages.values()) / 4
 
 
@@ -113,26 +97,26 @@ def test_order_and_neighbours_change_nothing(memory):
     shuffled = tower(tokens_TD[rows], shuffled_B1, times_s_T[rows])
     for got, want in zip(shuffled[:2], out[:2], strict=True):
         torch.testing.assert_close(got, want[order], rtol=1e-6, atol=1e-6)
-    print("bitwise equal after a shuffle:", torch.equal(shuffled.summary, out.summary[order]))
+    print("bitwise equal after a shuffle:", torch.equal(shuffled.user_embedding, out.user_embedding[order]))
 
     start = int(offsets_B1[4])
     alone = tower(tokens_TD[start:], torch.tensor([0, 129]), times_s_T[start:])
-    torch.testing.assert_close(alone.summary[0], out.summary[4], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(alone.user_embedding[0], out.user_embedding[4], rtol=1e-6, atol=1e-6)
     strangers = tokens_TD.clone()
     strangers[:start] = torch.nan
     beside_nan = tower(strangers, offsets_B1, times_s_T)
-    torch.testing.assert_close(beside_nan.summary[4], out.summary[4], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(beside_nan.user_embedding[4], out.user_embedding[4], rtol=1e-6, atol=1e-6)
 
 
 def test_the_order_of_events_matters():
     """Recency is in: LDA alone sees a set and would give one answer for both orders."""
     tower = make_tower().eval()
     tokens_TD, offsets_B1, times_s_T = events([9])
-    forward, backward = (tower(x, offsets_B1, times_s_T).summary for x in (tokens_TD, tokens_TD.flip(0)))
+    forward, backward = (tower(x, offsets_B1, times_s_T).user_embedding for x in (tokens_TD, tokens_TD.flip(0)))
     assert (forward - backward).abs().max() > 1e-3
-    stretched = tower(tokens_TD, offsets_B1, times_s_T * 100).summary  # same order, other gaps
+    stretched = tower(tokens_TD, offsets_B1, times_s_T * 100).user_embedding  # same order, other gaps
     assert (forward - stretched).abs().max() > 1e-3
-    later = tower(tokens_TD, offsets_B1, times_s_T + 10**9).summary  # same gaps, another decade
+    later = tower(tokens_TD, offsets_B1, times_s_T + 10**9).user_embedding  # same gaps, another decade
     assert torch.equal(forward, later)
 
 
@@ -144,8 +128,8 @@ def test_empty_histories(lengths, memory):
     tokens_TD.requires_grad_(True)
     out = tower(tokens_TD, offsets_B1, times_s_T)
     assert out.interests.shape == (len(lengths), K, D)
-    assert out.summary.isfinite().all()
-    out.summary.square().sum().backward()
+    assert out.user_embedding.isfinite().all()
+    out.user_embedding.square().sum().backward()
     assert tokens_TD.grad.isfinite().all()
     for name, parameter in tower.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

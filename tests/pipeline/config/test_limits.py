@@ -81,16 +81,16 @@ def test_more_parts_than_names():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: TowerConfig(width=10**8), "model.width = 100000000: set it to 1 or more, at most 16384"),
+        (lambda: TowerConfig(width=10**8), "model.width=100000000: set at least 1, at most 16384"),
         (lambda: TowerConfig(chunk=10**9), "model.chunk"),
         (lambda: TowerConfig(experts=10**7), "model.experts"),
-        (lambda: MemoryConfig(num_keys=10**6), "memory.num_keys = 1000000: set it to 1 or more, at most 32768"),
+        (lambda: MemoryConfig(num_keys=10**6), "memory.num_keys=1000000: set at least 1, at most 32768"),
         (lambda: FullScoreConfig(k=10**12), "k=1000000000000: set at least 1, at most 100000"),
         (lambda: RankingScoreConfig(part_rows=10**12), "part_rows"),
         (lambda: EvaluateConfig(k=[10, 10**12]), "at most 100000"),
         (lambda: EvaluateConfig(k=[0, 10]), "set at least 1"),
         (lambda: RunConfig(seed=10**20), "run.seed"),
-        (lambda: IngestConfig(threads=10**8), "up to 4096"),
+        (lambda: IngestConfig(threads=10**8), "threads=100000000: set at least 0, at most 4096"),
         (lambda: ParallelConfig(timeout_s=0), "parallel.timeout_s=0: set at least 1, at most 604800"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 import warm_ranks
 from files_data import score_run, train_run
+from helpers import flip
 
 from elastic_rec.feature_store.utils.checked_json import read_checked, write_checked
 from elastic_rec.feature_store.utils.errors import DataError
@@ -44,13 +45,6 @@ def run(original, tmp_path) -> Path:
     """A copy to damage: epochs of 3 steps, checkpoints of steps 2, 3, 4 and 6."""
     shutil.copytree(original, tmp_path / "run")
     return tmp_path / "run"
-
-
-def flip(path: Path, rng: random.Random) -> None:
-    """One bit."""
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
 
 
 def step_folder(run: Path, step: int) -> Path:

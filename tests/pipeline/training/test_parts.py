@@ -98,11 +98,11 @@ def test_resumed_log_drops_lines_that_will_be_written_again(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimConfig(global_batch_size=0), "optim.global_batch_size=0: must be above 0"),
-        (lambda: OptimConfig(final_lr_ratio=2), "between 0 and 1"),
-        (lambda: LossConfig(softmax="half"), "set full or sampled"),
-        (lambda: RunConfig(keep_last=0), "keep at least 1"),
-        (lambda: EvaluateConfig(stage="train"), "set test or valid"),
+        (lambda: OptimConfig(global_batch_size=0), "optim.global_batch_size=0: set at least 1"),
+        (lambda: OptimConfig(final_lr_ratio=2), "optim.final_lr_ratio=2: set at least 0, at most 1"),
+        (lambda: LossConfig(softmax="half"), "loss.softmax=half: set one of full, sampled"),
+        (lambda: RunConfig(keep_last=0), "run.keep_last=0: set at least 1"),
+        (lambda: EvaluateConfig(stage="train"), "stage=train: set one of test, valid"),
         (lambda: EvaluateConfig(k=[5]), "must contain 10"),
     ],
 )

@@ -13,8 +13,7 @@ import pytest
 import torch.distributed as dist
 from files_data import score_run, train_run
 from power_cut import PowerCut
-from ranking_data import make_ranking_store
-from test_ranking_task import RANKING
+from ranking_data import RANKING, make_ranking_store
 
 from elastic_rec.feature_store.ingestion.append import append
 from elastic_rec.feature_store.ingestion.config import AppendConfig

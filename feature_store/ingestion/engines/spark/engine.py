@@ -200,6 +200,7 @@ class SparkEngine:
         return self._types.get(role)
 
     def vocabulary(self, role: str) -> Vocabulary:
+        """As IngestEngine.vocabulary."""
         return self._vocabularies[role]
 
     def write(

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from next_item import make_task
 
 from elastic_rec.feature_store.table.vocabulary import FIRST
-from elastic_rec.pipeline.config.train import TrainConfig
 from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.tasks.next_item import baselines
 from elastic_rec.pipeline.tasks.next_item.baselines import HALF_LIVES, WEIGHTS, fit_baselines
@@ -35,12 +35,6 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="module")
 def task(world, tmp_path_factory) -> NextItemTask:
     return make_task(helpers.make_store(tmp_path_factory.mktemp("data")), world)
-
-
-def make_task(store: Path | str, world: World) -> NextItemTask:
-    config = TrainConfig()
-    config.data.store = str(store)
-    return NextItemTask(config, world=world)
 
 
 class Judge:
@@ -162,8 +156,8 @@ import json, sys
 import elastic_rec.models
 from elastic_rec.pipeline.tasks.next_item.baselines import fit_baselines
 from elastic_rec.pipeline.runtime.world import start_world
-sys.path[:0] = sys.argv[2].split(':')
-from test_baselines import make_task
+sys.path.insert(0, sys.argv[2])
+from next_item import make_task
 world = start_world("cpu")
 found = fit_baselines(make_task(sys.argv[1], world), batch_size=48, exclude_seen=False)
 counts = found[0].counts
@@ -178,7 +172,7 @@ def test_three_ranks_count_as_one(task, tmp_path):
     arguments = [
         str(tmp_path / "count.py"),
         str(task.store.path),
-        f"{Path(__file__).parent}:{Path(helpers.__file__).parent}",
+        str(Path(helpers.__file__).parent),
         str(tmp_path / "found"),
     ]
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]):

@@ -16,7 +16,8 @@ import pytest
 from files_data import score_config
 
 from elastic_rec.feature_store.ingestion.append import append
-from elastic_rec.feature_store.ingestion.create import IngestConfig, ingest
+from elastic_rec.feature_store.ingestion.config import AppendConfig, IngestConfig
+from elastic_rec.feature_store.ingestion.create import ingest
 from elastic_rec.feature_store.states.files import StateFile
 from elastic_rec.feature_store.table.location import open_location
 from elastic_rec.pipeline.runtime.errors import ConfigError
@@ -52,7 +53,7 @@ def day_file(folder: Path, day: int, *, late: bool = False) -> str:
 
 
 def add(store: Path, path: str) -> None:
-    append(IngestConfig(mode="append", input=[path], out=str(store), threads=1))
+    append(AppendConfig(input=[path], store=str(store), threads=1))
 
 
 class Setting:

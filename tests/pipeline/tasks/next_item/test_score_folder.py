@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch.distributed as dist
 from files_data import config_of, score_run, train_run
-from ranking_data import make_ranking_store
-from test_checkpoints import flip
-from test_ranking_task import RANKING
+from helpers import flip
+from ranking_data import RANKING, make_ranking_store
 
 from elastic_rec.feature_store.utils.checked_json import fault_in, read_checked
 from elastic_rec.feature_store.utils.errors import DataError

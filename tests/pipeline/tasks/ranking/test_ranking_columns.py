@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import warm_ranks
-from ranking_data import make_ranking_store
-from test_ranking_task import RANKING
+from ranking_data import RANKING, make_ranking_store
 
 from elastic_rec.feature_store.table.impression_table import ImpressionTable
 from elastic_rec.feature_store.table.store import Store

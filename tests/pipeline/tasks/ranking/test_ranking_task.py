@@ -7,16 +7,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from ranking_data import make_ranking_store
-
-RANKING = [
-    "task=ranking", "data=files", "data.columns=[action]", "data.impression_split.valid_time=70%",
-    "data.impression_split.test_time=85%", "model.width=16", "model.experts=4", "model.dropout=0", "model.chunk=8",
-    "model.moments=4", "memory.num_keys=16", "ranking.hidden=[16]", "ranking.dropout=0",
-    "ranking.max_impressions_per_user=4",
-    "ranking.sharing=mmoe", "ranking.label_weights=[1,0.5]", "ranking.pairwise=0.1", "optim.global_batch_size=16",
-    "optim.warmup_steps=5", "optim.table_lr=0.2", "optim.dense_lr=0.005", "optim.epochs=10", "run.log_every=1",
-]  # fmt: skip
+from ranking_data import RANKING, make_ranking_store
 
 
 @pytest.fixture(scope="module")

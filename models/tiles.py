@@ -1,4 +1,4 @@
-"""Tiles: a jagged batch cut in pieces of one size, so that batched matrix products can run on it.
+"""Tiles: a jagged batch cut into parts of one size, so that batched matrix products can run on it.
 
 Legend: B users (or prefixes), T their events laid end to end, C events per tile, N tiles.
 
@@ -62,10 +62,12 @@ class TileLayout:
 
     @property
     def num_users(self) -> int:
+        """Users, those without events included, B."""
         return self.offsets_B1.numel() - 1
 
     @property
     def num_tokens(self) -> int:
+        """Events of all users, T."""
         return self.user_T.numel()
 
     def to_tiles(self, tokens: torch.Tensor) -> torch.Tensor:
