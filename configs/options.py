@@ -61,7 +61,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Turns values of enums into members and checks bounds. Raises ValueError with key, value and bounds."""
-        enums = _enums(type(self))
+        enums = _enums(type(self))  # type: ignore[arg-type]
         for about in fields(self):  # type: ignore[arg-type]
             name, value = about.name, getattr(self, about.name)
             if name in enums and value is not None:
