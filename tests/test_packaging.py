@@ -134,10 +134,10 @@ ALLOWED = {
     "models": {
         "ranking": {"dropout", "retrieval", "towers"},
         "retrieval": {"dropout", "ops", "towers"},
-        "towers": {"dropout", "jagged", "ops"},
-        "ops": {"jagged"},
+        "towers": {"dropout", "tiles", "ops"},
+        "ops": {"tiles"},
         "dropout": set(),
-        "jagged": set(),
+        "tiles": set(),
     },
     "pipeline": {
         "train": {"config", "runtime", "tasks", "training"},
