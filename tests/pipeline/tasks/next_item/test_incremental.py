@@ -25,7 +25,10 @@ from elastic_rec.pipeline.runtime.world import World, start_world
 from elastic_rec.pipeline.score import score
 
 DAYS, BUCKETS, DAY_S = 31, 4, 86_400
-CAUSAL = [*helpers.SMALL_TRAIN, "model.attention=causal", "model.chunk=4", "data.cuts=0", "data.columns=[action]"]
+CAUSAL = [
+    *helpers.SMALL_TRAIN, "model.tower=elastic_causal", "model.chunk=4", "data.targets=every_event",
+    "data.columns=[action]",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
