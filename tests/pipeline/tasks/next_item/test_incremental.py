@@ -109,7 +109,7 @@ def thirty_days(setting, world) -> Setting:
         if day:
             add(setting.store, day_file(setting.folder, day))
         figures = setting.score(world, "daily", kind="incremental")
-        assert figures["late_events"] == 0 and figures["generation"] == day
+        assert figures["late_events"] == 0 and figures["version"] == day
         if day:
             assert 0 < figures["folded_events"] <= 60 and figures["skipped_parts"] < BUCKETS
         if day % 7 == 3:
