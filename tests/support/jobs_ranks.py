@@ -7,7 +7,6 @@ rank (minus the signal that killed it); stderr is FOLDER/WAY-RANK.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from elastic_rec.pipeline.runtime import interrupts
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World, run_in_world
 
-TIMEOUT_S = 5
+TIMEOUT_S = 8
 
 
 @dataclass
@@ -54,11 +53,19 @@ def fail(way: str) -> None:
         time.sleep(600)
 
 
-def start(folder: Path, way: str) -> list[int]:
-    """Forks the two ranks; their process ids."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def keep_store() -> tuple[int, int]:
+    """Forks a process that keeps a store and outlives the ranks, as torchrun's agent does. (its id, the store's port)."""
+    readable, writable = os.pipe()
+    process = os.fork()
+    if not process:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writable, str(store.port).encode())
+        signal.pause()
+    return process, int(os.read(readable, 16))
+
+
+def start(folder: Path, way: str, port: int) -> list[int]:
+    """Forks the two ranks; their process ids. port: of the store."""
     processes = []
     for rank in range(2):
         process = os.fork()
@@ -67,7 +74,8 @@ def start(folder: Path, way: str) -> list[int]:
             continue
         with (folder / f"{way}-{rank}").open("w") as log:
             os.dup2(log.fileno(), 2)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         interrupts.listen()
         run_in_world(main, JobConfig(way), report=lambda figures: print(figures, file=sys.stderr))
         os._exit(0)
@@ -85,12 +93,15 @@ def wait(jobs: dict[str, list[int]]) -> dict[str, list[int]]:
                 if (done := os.waitpid(process, os.WNOHANG))[0]:
                     codes[process] = os.waitstatus_to_exitcode(done[1])
                     ended_s[way] = time.monotonic()
-                elif way in ended_s and time.monotonic() - ended_s[way] > 8:
+                elif way in ended_s and time.monotonic() - ended_s[way] > 12:
                     os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
     return {way: [codes[process] for process in pair] for way, pair in jobs.items()}
 
 
 if __name__ == "__main__":
-    started = {way: start(Path(sys.argv[1]), way) for way in sys.argv[2:]}
+    keepers = {way: keep_store() for way in sys.argv[2:]}
+    started = {way: start(Path(sys.argv[1]), way, port) for way, (_, port) in keepers.items()}
     print(json.dumps(wait(started)))
+    for process, _ in keepers.values():
+        os.kill(process, signal.SIGKILL)

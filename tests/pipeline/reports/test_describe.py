@@ -154,7 +154,7 @@ def test_refusals_leave_what_was_there(store, tmp_path):
     ):
         with pytest.raises(ConfigError, match=match):
             target_of(DescribeConfig(**settings))
-    with pytest.raises(ValueError, match="give limits of at least 1 event"):
+    with pytest.raises(ValueError, match="max_history=\\[0\\]: set at least 1"):
         DescribeConfig(max_history=[0])
     code, stderr = fail("describe", f"store={store}", "version=7")
     assert code == 2 and "no version 7; there are 0, 1" in stderr

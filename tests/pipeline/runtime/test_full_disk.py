@@ -170,5 +170,5 @@ def test_candidates_whose_footer_lies(verbs, made, tmp_path):
     lists = tmp_path / "lists.parquet"
     shutil.copy(made / "lists.parquet", lists)
     helpers.claim_rows(lists, pq.read_metadata(lists).num_rows, 1 << 40)
-    done = verbs.run("score", f"run={made}/ranking-run", f"candidates={lists}", f"out={tmp_path}/scores")
+    done = verbs.run("score", "ranking", f"run={made}/ranking-run", f"candidates={lists}", f"out={tmp_path}/scores")
     assert done.code == 2 and "1,099,511,627,776 rows" in done.last and not (tmp_path / "scores").exists()
