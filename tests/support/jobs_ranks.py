@@ -54,7 +54,7 @@ def fail(way: str) -> None:
 
 
 def keep_store() -> tuple[int, int]:
-    """Forks a process that keeps a store and outlives the ranks, as torchrun's agent does. (its id, the store's port)."""
+    """Forks a keeper of a store, which outlives the ranks as torchrun's agent does: its process id, the port."""
     readable, writable = os.pipe()
     process = os.fork()
     if not process:
