@@ -1,4 +1,4 @@
-"""The Python face of a trained run: what score.py says of users in the store, and answers for users outside of it.
+"""The Python API of a trained run: what score.py says of users in the store, and answers for users outside of it.
 
 The runs are trained for a few steps in this process; `load` itself needs no process group (last test).
 """
