@@ -188,8 +188,8 @@ def _parse(kind: type[AnyManifest], path: Location, remedy: str) -> AnyManifest:
         )
     if content.get("hash") != content_hash(content):
         raise DataError(
-            f"{path}: its hash does not match its content; it was changed or damaged after it was written: restore it, or "
-            f"{kind.REMEDY}"
+            f"{path}: its hash does not match its content; it was changed or damaged after it was written: "
+            f"restore it, or {kind.REMEDY}"
         )
 
     def fail(place: str, value: Any) -> NoReturn:
