@@ -40,7 +40,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("face")
+    folder = tmp_path_factory.mktemp("api")
     helpers.make_store(folder, num_users=40)
     make_ranking_store(folder / "shown", num_users=30)
     return folder

@@ -140,8 +140,8 @@ def open_data_file(path: Location, footer: str | None = None) -> pq.ParquetFile:
         return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=remote)
     except (*BROKEN, DataError) as error:
         raise DataError(
-            f"{path}: cannot be opened ({error}): it was changed or damaged, or its version was deleted by a "
-            "vacuum, or the store was overwritten; open the store again"
+            f"{path}: cannot be opened ({error}); it was changed or damaged, or its version was deleted by a "
+            "vacuum, or the store was overwritten: open the store again"
         ) from error
 
 
