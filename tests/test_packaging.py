@@ -77,7 +77,10 @@ def test_wheel_holds_every_module_and_yaml_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = [path for room in ROOMS for path in python_files(room)] + sorted((ROOT / "configs").rglob("*.yaml"))
     expected.append(ROOT / "pipeline/reports/store_page.html")
-    public = [path.relative_to(ROOT / ROOT_PACKAGE) for path in [*python_files(ROOT_PACKAGE), ROOT / ROOT_PACKAGE / "py.typed"]]
+    public = [
+        path.relative_to(ROOT / ROOT_PACKAGE)
+        for path in [*python_files(ROOT_PACKAGE), ROOT / ROOT_PACKAGE / "py.typed"]
+    ]
     assert names == {"elastic_rec/" + path.as_posix() for path in [*(p.relative_to(ROOT) for p in expected), *public]}
 
 

@@ -19,7 +19,9 @@ Arrows = dict[str, set[str]]
 
 def files() -> list[Path]:
     """The modules of the product, relative to the repository's root; of the root package, too."""
-    return [path.relative_to(ROOT) for folder in (*FOLDERS, ROOT_PACKAGE) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [
+        path.relative_to(ROOT) for folder in (*FOLDERS, ROOT_PACKAGE) for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
 
 
 @cache
