@@ -84,7 +84,7 @@ def choose_stack(asked: str) -> str:
 
 
 def layout(venv: Path, stack: str) -> dict:
-    """What an environment cannot change in place: any difference here means building it anew."""
+    """What an environment cannot change in place: any difference here means building it again."""
     return {"python": sys.version, "base": sys.base_prefix, "stack": stack, "venv": str(venv), "checkout": str(ROOT)}
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import structure
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -61,6 +62,24 @@ def test_every_page_is_linked_from_somewhere():
             todo += [(page.parent / file).resolve() for file, _ in links(page) if file]
     unlinked = {page for page in PAGES if page not in reached and page.parent.name != "decisions"}
     assert sorted(str(page.relative_to(ROOT)) for page in unlinked) == []
+
+
+def test_every_path_in_pages_and_code_exists():
+    """models/ranking/model.py, `models/ranking/`; the end of a path will do. NAME.py is any; logs tell of what was."""
+    folders = (*structure.FOLDERS, "docs", "packaging", "tests")
+    files = [path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    ends = {"/".join(file.parts[start:]) for file in files for start in range(len(file.parts))}
+    pages = [
+        page for page in PAGES if page.name not in ("lab-log.md", "CHANGELOG.md") and page.parent.name != "decisions"
+    ]
+    dead = []
+    for source in [*pages, *(ROOT / file for file in structure.files())]:
+        text = source.read_text()
+        modules = re.findall(r"(?<![\w/.])(?:\w+/)+[a-z0-9_]+\.py\b", text)
+        dead += [(source.name, path) for path in modules if path not in ends]
+        folders = re.findall(rf"`((?:{'|'.join(structure.FOLDERS)}|tests)(?:/\w+)+)/?`", text)
+        dead += [(source.name, path) for path in folders if not (ROOT / path).is_dir() and f"{path}.py" not in ends]
+    assert dead == []
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The public face: `import elastic_rec`, its names, and the command elastic-rec."""
+"""The public API: `import elastic_rec`, its names, and the command elastic-rec."""
 
 import ast
 import importlib.metadata

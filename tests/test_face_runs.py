@@ -1,4 +1,4 @@
-"""The Python face of a trained run: what score.py says of users in the store, and answers for users outside of it.
+"""The Python API of a trained run: what score.py says of users in the store, and answers for users outside of it.
 
 The runs are trained for a few steps in this process; `load` itself needs no process group (last test).
 """
@@ -40,7 +40,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("face")
+    folder = tmp_path_factory.mktemp("api")
     helpers.make_store(folder, num_users=40)
     make_ranking_store(folder / "shown", num_users=30)
     return folder

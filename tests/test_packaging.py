@@ -20,7 +20,7 @@ from elastic_rec.configs.stack import describe_mismatch
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("configs", "feature_store", "models", "pipeline")
-FACE = "packaging/elastic_rec"
+ROOT_PACKAGE = "packaging/elastic_rec"
 LEAST_DOCUMENTED = 0.9  # share of public classes, functions and methods
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -65,7 +65,7 @@ def wheel(tmp_path_factory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for room in (*ROOMS, FACE):
+    for room in (*ROOMS, ROOT_PACKAGE):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out), str(source)]
     done = subprocess.run([sys.executable, *build], capture_output=True, text=True)
@@ -77,8 +77,11 @@ def test_wheel_holds_every_module_and_yaml_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = [path for room in ROOMS for path in python_files(room)] + sorted((ROOT / "configs").rglob("*.yaml"))
     expected.append(ROOT / "pipeline/reports/store_page.html")
-    face = [path.relative_to(ROOT / FACE) for path in [*python_files(FACE), ROOT / FACE / "py.typed"]]
-    assert names == {"elastic_rec/" + path.as_posix() for path in [*(p.relative_to(ROOT) for p in expected), *face]}
+    public = [
+        path.relative_to(ROOT / ROOT_PACKAGE)
+        for path in [*python_files(ROOT_PACKAGE), ROOT / ROOT_PACKAGE / "py.typed"]
+    ]
+    assert names == {"elastic_rec/" + path.as_posix() for path in [*(p.relative_to(ROOT) for p in expected), *public]}
 
 
 def test_every_module_imports_from_the_wheel_in_a_foreign_folder(wheel, tmp_path):

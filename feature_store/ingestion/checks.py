@@ -74,7 +74,9 @@ class ChecksConfig(Options, prefix="checks."):
         Policy.keep, "Comes in the input after a newer event of its user: fail, drop or keep (sorted in)."
     )
     gaps: Policy = option(
-        Policy.keep, "Over max_gap_days between neighbours of a user: fail, drop (what lies before it) or keep."
+        Policy.keep,
+        "More than max_gap_days between two consecutive events of a user: fail, drop (the events before the gap) or "
+        "keep.",
     )
     max_gap_days: float = option(3650.0, "Days between two events that no user can have.", above=0)
 

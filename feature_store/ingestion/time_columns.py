@@ -9,8 +9,8 @@
     time      Parquet timestamps, INT96 too                instants
     time_ns   Parquet timestamps of nanoseconds            instants
 
-A value with a zone is an instant, a value without one is UTC. The connection's zone must be UTC (sql.py), whatever the
-machine's is. Numbers are int64 to the end: no value passes through a double.
+A value with a zone is an instant, a value without one is UTC. The connection's zone must be UTC (engines/session.py),
+whatever the machine's is. Numbers are int64 to the end: no value passes through a double.
 """
 
 from __future__ import annotations

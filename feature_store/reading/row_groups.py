@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from elastic_rec.feature_store.batches.sequences import Sequences
 from elastic_rec.feature_store.table.schema import EVENTS, NUM_EVENTS, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
 from elastic_rec.feature_store.table.store import Store, StoreFile, read_row_groups
-from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.errors import DAMAGED, DataError
 from elastic_rec.feature_store.utils.jagged import flat_structs
 
 # Stores whose decoded columns fit in this many bytes (per decoder) are decoded once and kept for later epochs.
@@ -80,7 +80,7 @@ class Decoder:
         if (len(users.rows), len(users.times)) != (num_users, num_events):
             raise DataError(
                 f"{where} has {len(users.rows)} users with {len(users.times)} events, the manifest says {num_users} "
-                f"with {num_events}; changed, rerun ingest"
+                f"with {num_events}; {DAMAGED}"
             )
         for name, values in users.columns.items():
             self._check_ids(name, values, users, where=where)
@@ -97,7 +97,7 @@ class Decoder:
         if NUM_EVENTS in opened.schema_arrow.names:
             lengths = read_row_groups(opened, [number], [NUM_EVENTS], path)[NUM_EVENTS].to_numpy()
             if lengths.sum() != self.groups[group].num_events:
-                raise DataError(f"{path}: row group {number} has lengths that do not add up; changed, rerun ingest")
+                raise DataError(f"{path}: row group {number} has lengths that do not add up; {DAMAGED}")
             return lengths
         return self.decode(group).lengths  # a store from before lengths were kept
 
@@ -115,7 +115,7 @@ class Decoder:
             row = users.rows[np.searchsorted(users.offsets, at, side="right") - 1]
             raise DataError(
                 f"{where}, user row {row}: {name} id {values[at]} is outside its vocabulary (0..{size - 1}); "
-                "the file was not written by ingest, rerun it"
+                "the file was not written by ingest: run the ingest again"
             )
 
     def _open(self, file: int) -> pq.ParquetFile:

@@ -28,7 +28,7 @@ from elastic_rec.feature_store.table.manifest import check_digest
 from elastic_rec.feature_store.table.own_files import DATA_FILE
 from elastic_rec.feature_store.table.schema import EVENT_ID, EVENTS, ITEM, TIMESTAMP, UNITS_PER_SECOND, USER, leaf_path
 from elastic_rec.feature_store.table.store import Store, StoreFile, one_array, read_row_groups
-from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.errors import DAMAGED, DataError
 from elastic_rec.feature_store.utils.jagged import flat_structs, offsets_of
 
 SPAN = 8  # a span has at most so many users per user of a batch: their states are in memory together
@@ -253,7 +253,7 @@ class Increments:
         leaves = [ITEM] if items_only else [TIMESTAMP, *self.columns, *ids]
         offsets, flat = flat_structs(self._read([group], [leaf_path(name) for name in leaves])[EVENTS])
         if (len(offsets) - 1, len(flat)) != (len(row_U), self.file.row_groups[group][1]):
-            raise DataError(f"{self.file.path}: row group {group} does not have what the manifest says; rerun ingest")
+            raise DataError(f"{self.file.path}: row group {group} does not have what the manifest says; {DAMAGED}")
         self.counts["decoded_events"] += len(flat)
         read = {name: flat.field(name).to_numpy() for name in leaves if name != EVENT_ID}
         zeros = np.zeros(len(flat), np.int64)

@@ -186,7 +186,7 @@ class HistoryManifest(Manifest):
     """The histories of a store. version: counts appends. parent: hash of the version before. checks: what was found in
     the events that came with this version (ingestion/checks.py)."""
 
-    FORMAT, TABLE, REMEDY = "elastic-rec-history-store", "a history store", "rerun ingest"
+    FORMAT, TABLE, REMEDY = "elastic-rec-history-store", "a history store", "run the ingest again"
     COUNTS = HistoryFile.COUNTS
     version: Count = field(default=0, metadata={"json": "generation"})
     name: str = ""

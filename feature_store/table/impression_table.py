@@ -120,8 +120,8 @@ class ImpressionTable:
             found = sum(len(chunk.flatten()) for chunk in table["candidates"].chunks)
             if found != expected:
                 raise DataError(
-                    f"{path}: row groups {groups} have {found} candidates, the manifest says {expected}; changed, "
-                    "ingest the impressions again"
+                    f"{path}: row groups {groups} have {found} candidates, the manifest says {expected}; the file "
+                    "was changed or damaged after it was written: restore it, or ingest the impressions again"
                 )
         return table
 

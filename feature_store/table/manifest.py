@@ -20,7 +20,7 @@ from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.own_files import IMPRESSIONS
 from elastic_rec.feature_store.utils import checked_json as checked
 from elastic_rec.feature_store.utils.atomic_write import sync
-from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.errors import DAMAGED, DataError
 from elastic_rec.feature_store.utils.typed_json import ABSENT, from_json, to_json
 
 MANIFEST = "manifest.json"
@@ -118,7 +118,7 @@ def read_manifest(root: Location, version: int | None = None) -> HistoryManifest
 def load_manifest(root: Location, version: int | None = None) -> HistoryManifest:
     """As read_manifest, whether or not the files are there."""
     filed = filed_versions(root)
-    remedy = f"take one of {_listed(filed)}, with ingest.py restore version=N" if filed else "rerun ingest"
+    remedy = f"take one of {_listed(filed)}, with ingest.py restore version=N" if filed else "run the ingest again"
     if version is None or (version == 0 and not filed):
         manifest = _parse(HistoryManifest, root / MANIFEST, remedy)
         current = manifest.version
@@ -149,12 +149,11 @@ def check_sizes(root: Location, manifest: Manifest) -> None:
     entries = manifest.named_files()
     for entry, size in zip(entries, root.sizes([entry.path for entry in entries]), strict=True):
         if size is None:
-            raise DataError(f"{root / entry.path}: missing, though the manifest names it; {_GONE}, or rerun ingest")
-        if size != entry.bytes:
             raise DataError(
-                f"{root / entry.path}: {size} bytes, the manifest says {entry.bytes}; truncated or changed, "
-                "rerun ingest"
+                f"{root / entry.path}: missing, though the manifest names it; {_GONE}, or run the ingest again"
             )
+        if size != entry.bytes:
+            raise DataError(f"{root / entry.path}: {size} bytes, the manifest says {entry.bytes}; {DAMAGED}")
 
 
 def check_digest(path: Location, sha256: str, *, copy: Path | None = None) -> None:
@@ -162,9 +161,9 @@ def check_digest(path: Location, sha256: str, *, copy: Path | None = None) -> No
     try:
         digest = (path if copy is None else open_location(copy)).digest()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error}); {_GONE}, or rerun ingest") from error
+        raise DataError(f"{path}: cannot be read ({error}); {_GONE}, or run the ingest again") from error
     if digest != sha256:
-        raise DataError(f"{path}: changed since ingest (sha256 differs from the manifest's); rerun ingest")
+        raise DataError(f"{path}: its sha256 is not the manifest's; {DAMAGED}")
 
 
 def _listed(versions: list[int]) -> str:
@@ -188,13 +187,17 @@ def _parse(kind: type[AnyManifest], path: Location, remedy: str) -> AnyManifest:
             f"{kind.REMEDY}"
         )
     if content.get("hash") != content_hash(content):
-        raise DataError(f"{path}: its hash does not match its content; the manifest was changed, {kind.REMEDY}")
+        raise DataError(
+            f"{path}: its hash does not match its content; it was changed or damaged after it was written: "
+            f"restore it, or {kind.REMEDY}"
+        )
 
     def fail(place: str, value: Any) -> NoReturn:
         found = "missing" if value is ABSENT else f"{value!r}"
         raise DataError(
-            f"{path}: {place} is {found[:80]}, which no ingest writes: a manifest of other hands may name files "
-            "outside the store. Rerun ingest, or fetch the store from its source again"
+            f"{path}: {place} is {found[:80]}, which ingest never writes: the manifest may have been tampered "
+            "with, and could name files outside the store. Run the ingest again, or fetch the store from its "
+            "source again"
         )
 
     manifest = from_json(kind, content, fail)

@@ -16,7 +16,7 @@ from elastic_rec.feature_store.table.location import Location, open_location
 from elastic_rec.feature_store.table.manifest import check_digest, read_manifest
 from elastic_rec.feature_store.table.schema import ARROW_TYPES, UNITS_PER_SECOND, USER
 from elastic_rec.feature_store.table.vocabulary import Vocabulary
-from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.errors import DAMAGED, DataError
 
 BROKEN = (pa.ArrowException, OSError, ValueError)  # what PyArrow raises for a file that is missing or damaged
 
@@ -140,7 +140,7 @@ def open_data_file(path: Location, footer: str | None = None) -> pq.ParquetFile:
         return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True, pre_buffer=remote)
     except (*BROKEN, DataError) as error:
         raise DataError(
-            f"{path}: cannot be opened ({error}); changed, or its version was deleted by a "
+            f"{path}: cannot be opened ({error}); it was changed or damaged, or its version was deleted by a "
             "vacuum, or the store was overwritten: open the store again"
         ) from error
 
@@ -150,10 +150,10 @@ def read_row_groups(file: pq.ParquetFile, groups: list[int], columns: list[str],
     try:
         table = file.read_row_groups(groups, columns=columns, use_threads=False)
     except BROKEN as error:
-        raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); changed, rerun ingest") from error
+        raise DataError(f"{path}: row groups {groups} cannot be decoded ({error}); {DAMAGED}") from error
     expected = sum(file.metadata.row_group(group).num_rows for group in groups)
     if len(table) != expected:  # a page whose header is damaged may be passed over
-        raise DataError(f"{path}: row groups {groups} have {len(table)} rows, not {expected}; changed, rerun ingest")
+        raise DataError(f"{path}: row groups {groups} have {len(table)} rows, not {expected}; {DAMAGED}")
     return table
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from elastic_rec.feature_store.table.location import Location
-from elastic_rec.feature_store.utils.errors import DataError
+from elastic_rec.feature_store.utils.errors import DAMAGED, DataError
 
 PAD = 0
 UNKNOWN = 1
@@ -89,6 +89,6 @@ class Vocabulary:
         with path.open() as file:
             table = pq.read_table(file)
         if not np.array_equal(table["index"].to_numpy(), np.arange(FIRST, FIRST + len(table))):
-            raise DataError(f"{path}: indices are not {FIRST}, {FIRST + 1}, ...; the file was changed, rerun ingest")
+            raise DataError(f"{path}: indices are not {FIRST}, {FIRST + 1}, ...; {DAMAGED}")
         ids = table["id"].combine_chunks()
         return cls(column=column, ids=ids, counts=table["count"].to_numpy())

@@ -51,7 +51,9 @@ class RankingConfig(Options, prefix="ranking."):
         [], "weight of each label's loss, in the store's order; empty: all 1", at_least=0
     )
     pairwise: float = option(
-        0.0, "weight of log(1 + e^(negative - positive)) over pairs of an impression; 0: cross entropy only", at_least=0
+        0.0,
+        "weight of log(1 + e^(negative - positive)) over pairs of one impression's candidates; 0: cross entropy only",
+        at_least=0,
     )
     max_impressions_per_user: int = option(
         16, "impressions of a user that share one pass over the user's history, at most", at_least=1

@@ -1,8 +1,8 @@
 """Who reads the user's history for a candidate: the tower, or a simpler model. All answer with vectors per candidate.
 
 Legend: B impression groups (a user with some impressions), T their events end to end, I impressions, C candidates,
-D width,
-K interests, F vectors.
+D width, K interests,
+F vectors per candidate.
 
     forward(events_TD, candidates_CD, batch) -> (C, F, D)
 
@@ -11,6 +11,8 @@ the tower compresses them once, and a candidate then costs O(K).
 """
 
 from __future__ import annotations
+
+from typing import assert_never
 
 import torch
 from torch import nn
@@ -186,20 +188,23 @@ def build_history(
     ranking: RankingConfig, tower: TowerConfig, memory: MemoryConfig, *, max_history: int, device=None
 ) -> tuple[nn.Module, list[slice]]:
     """(the reader, its views: which of its vectors per candidate each head sees)."""
-    if ranking.history is History.tower:
-        if tower.kind.has_states:
-            return CausalHistory(tower, memory, device), CAUSAL_VIEWS
-        return PrefixHistory(tower, memory, max_history, device), [slice(0, 2)]
-    if ranking.history is History.none:
-        return NoHistory(), [slice(0, 0)]
     one = [slice(0, 1)]
-    if ranking.history is History.moments:
-        return MomentHistory(tower), one
-    if ranking.history is History.mean:
-        return MeanHistory(), one
-    if ranking.history is History.din:
-        return EventReader(tower.width, ranking.last_n), one
-    return EventReader(tower.width, ranking.last_n, ranking.top_k), one
+    match ranking.history:
+        case History.tower if tower.kind.has_states:
+            return CausalHistory(tower, memory, device), CAUSAL_VIEWS
+        case History.tower:
+            return PrefixHistory(tower, memory, max_history, device), [slice(0, 2)]
+        case History.none:
+            return NoHistory(), [slice(0, 0)]
+        case History.moments:
+            return MomentHistory(tower), one
+        case History.mean:
+            return MeanHistory(), one
+        case History.din:
+            return EventReader(tower.width, ranking.last_n), one
+        case History.sim:
+            return EventReader(tower.width, ranking.last_n, ranking.top_k), one
+    assert_never(ranking.history)
 
 
 class QueryGap(nn.Module):

@@ -2,7 +2,7 @@
 
 Legend: B impression groups, T their events end to end, I impressions, C candidates of all impressions, L labels,
 D width,
-V vectors per candidate, X = V*D, S heads.
+F vectors that the history reader gives per candidate, X numbers in a candidate's row, S heads.
 
     features -> EmbeddingCollection (sharded) -> events (T, D), candidates (C, D)
     events, candidates -> history reader (histories.py) -> (C, F, D)

@@ -176,12 +176,12 @@ class RetrievalModel(nn.Module):
         if every_position and not tower.kind.is_causal:
             raise ValueError(
                 f"data.targets=every_event with model.tower={tower.tower} trains on the answer: set "
-                "model.tower=elastic_causal, or data.targets=sampled"
+                "model.tower=elastic_causal (or another causal tower), or data.targets=sampled"
             )
         if windows and not tower.kind.has_states:
             raise ValueError(
                 "windows that carry a state (data.window) need a tower that can be continued: set "
-                "model.tower=elastic_causal, or data.window=0"
+                "model.tower=elastic_causal (or another tower with user states), or data.window=0"
             )
         # Item embeddings are also the output layer. Half of 1/sqrt(D) keeps the first logits well below 1, so the first
         # loss is that of a uniform guess, log V, and no early step is spent on unlearning noise.

@@ -38,7 +38,8 @@ class SequenceTower(nn.Module):
 
     Class attributes tell what a tower can do; models and pipeline ask for them, not for names:
     is_causal      an event's output depends on no later event, so that it can be asked for and trained at each event
-    has_states     a user can be continued (`step`), read at several moments of one pass (`readings`), and has moments
+    has_states     a user can be continued (`step`) and read as of several times in one pass (`readings`); the output
+                   has mean and covariance (`moments`)
     has_memory     it can start from an interest memory
     has_positions  it takes histories of at most max_history events
     embeds_gaps    it embeds the seconds since a user's event before; a table `gap` of the events would do so twice
@@ -64,5 +65,5 @@ def build_tower(
 
     Raises ValueError where a memory is asked for and the tower takes none."""
     if memory.enabled and not config.kind.has_memory:
-        raise ValueError(f"model.tower={config.tower} has no interest memory: set memory.enabled=false")
+        raise ValueError(f"model.tower={config.tower} has no interest memory: set memory=off")
     return config.kind.build(config, memory, max_history=max_history, device=device)

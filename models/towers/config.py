@@ -83,7 +83,7 @@ class TowerConfig(Options, prefix="model."):
         if self.moments and not self.kind.has_states:
             raise ValueError(
                 f"model.moments={self.moments} with model.tower={self.tower}, which keeps none: set "
-                "model.tower=elastic_causal, or model.moments=0"
+                "model.tower=elastic_causal (or another tower with user states), or model.moments=0"
             )
         if self.width % self.heads:
             nearest = max(self.heads, round(self.width / self.heads) * self.heads)

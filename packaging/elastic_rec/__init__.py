@@ -1,4 +1,4 @@
-"""The public face of elastic-rec: what a program outside of this repository imports.
+"""The public API of elastic-rec: what a program outside of this repository imports.
 
     import elastic_rec
 

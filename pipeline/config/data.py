@@ -41,8 +41,9 @@ class DataConfig(Options, prefix="data."):
     )
     window: int = option(
         0,
-        "read a history in windows of so many events that carry the user's state, an optimizer step per window: memory "
-        "is bounded by it, whatever max_history is; targets=every_event and causal only. 0: in one pass",
+        "cut histories into windows of this many events. The user's state goes on from window to window; weights are "
+        "updated after each. Memory depends on the window, not on max_history. Needs targets=every_event and "
+        "model.tower=elastic_causal (or another tower with user states). 0: one pass",
         at_least=0,
     )
     seen: Seen = option(

@@ -17,11 +17,20 @@ class EvaluateConfig(Options):
 
     run: str = option("", "run folder of a trained model")
     checkpoint: str = option("best", "best, last, or a step number")
-    store: str = option("", "another history store with the run's ids, or those and newer ones; empty: the run's own")
+    store: str = option(
+        "",
+        "another history store. It may have newer ids, but the run's ids must have the same numbers in it; empty: "
+        "the run's own",
+    )
     version: int | None = option(None, "version of the store; none: the run's, of another store the newest")
     seen: Seen | None = option(None, "task=next_item: keep, exclude or auto, as data.seen; none: the run's policy")
     stage: str = option("test", "test or valid targets", choices=("test", "valid"))
-    k: list[int] = option([5, 10, 20], "list lengths of HR, NDCG, coverage", at_least=1, at_most=MOST_K)
+    k: list[int] = option(
+        [5, 10, 20],
+        "list lengths of HR and NDCG, 10 among them; coverage is always that of 10",
+        at_least=1,
+        at_most=MOST_K,
+    )
     length_edges: list[int] = option(
         [20, 50, 100, 200], "edges of the history-length buckets metrics are also reported by"
     )

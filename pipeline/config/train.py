@@ -24,7 +24,7 @@ class TaskName(StrEnum):
 class OptimConfig(Options, prefix="optim."):
     """Steps, learning rates and schedule."""
 
-    global_batch_size: int = option(128, "users per step, over all ranks", at_least=1)
+    global_batch_size: int = option(128, "users (task=ranking: impression groups) per step, over all ranks", at_least=1)
     epochs: int = option(20, "passes over the users, at most", at_least=1)
     max_steps: int = option(0, "stop after this many steps; 0: no limit", at_least=0)
     patience: int = option(5, "stop when validation has not improved for this many epochs; 0: never", at_least=0)
@@ -106,5 +106,5 @@ class TrainConfig(Options):
         if every_event and not self.model.kind.is_causal:
             raise ValueError(
                 f"data.targets=every_event with model.tower={self.model.tower} would train on the answer: set "
-                "model.tower=elastic_causal, or data.targets=sampled"
+                "model.tower=elastic_causal (or another causal tower), or data.targets=sampled"
             )

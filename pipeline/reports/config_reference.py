@@ -9,7 +9,8 @@ import sys
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 from elastic_rec.configs.options import bounds_of
 from elastic_rec.pipeline.config.commands import COMMANDS
@@ -33,12 +34,13 @@ def reference() -> str:
         rows = list(_rows(command.config_class(), ""))
         new = [row for row in rows if row not in seen]
         seen.update(rows)
-        known = sorted({row.split("`")[1].split(".")[0] for row in rows if row not in new})
+        keys = (row.split("`")[1] for row in rows if row not in new)
+        known = sorted({f"`{key.split('.')[0]}.*`" if "." in key else f"`{key}`" for key in keys})
         parts.append(f"\n## {verb}")
         if new:
             parts += ["\n| key | type | default | meaning |\n|---|---|---|---|", *new]
         if known:
-            parts.append(f"\nAlso {', '.join(f'`{name}.*`' for name in known)}, as above.")
+            parts.append(f"\nAlso {', '.join(known)}, as above.")
     return "\n".join(parts) + "\n"
 
 
@@ -55,9 +57,11 @@ def _rows(config: Any, prefix: str):
 
 
 def _type(kind: Any) -> str:
+    if isinstance(kind, UnionType):
+        return " or ".join("None" if part is type(None) else _type(part) for part in get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):
         return " / ".join(member.value for member in kind)
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind).replace("|", "or")
+    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
 
 
 def _value(value: Any) -> str:

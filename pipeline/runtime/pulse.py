@@ -7,7 +7,7 @@
     rank 0's thread, after timeout_s without progress: rank 1 began one collective less, it is the one that is missed
 
 Keys of the store (torch's TCPStore, below a prefix per attempt of torchrun):
-    at/1      {"at": "step 412", "collectives": 1234, "line": "reader.py:88", "sign": 61}     written by rank 1
+    at/1      {"at": "step 412", "collectives": 1234, "line": "store.py:88", "sign": 61}     written by rank 1
     ending    {"rank": 1, "code": 2}                                                          by who ends first
 """
 

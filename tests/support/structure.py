@@ -13,13 +13,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("configs", "feature_store", "models", "pipeline")
-FACE = "packaging/elastic_rec"
+ROOT_PACKAGE = "packaging/elastic_rec"
 Arrows = dict[str, set[str]]
 
 
 def files() -> list[Path]:
     """The modules of the product, relative to the repository's root; of the root package, too."""
-    return [path.relative_to(ROOT) for folder in (*FOLDERS, FACE) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [
+        path.relative_to(ROOT) for folder in (*FOLDERS, ROOT_PACKAGE) for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
 
 
 @cache

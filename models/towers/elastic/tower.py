@@ -59,7 +59,9 @@ class ElasticTower(SequenceTower):
         self, tokens_TD: torch.Tensor, offsets_B1: torch.Tensor, times_s_T: torch.Tensor, all_positions: bool = False
     ) -> TowerOutput:
         if all_positions:
-            raise ValueError("an output at each event would see later ones: set model.tower=elastic_causal")
+            raise ValueError(
+                "an output at each event would see later ones: set model.tower=elastic_causal, or another causal tower"
+            )
         layout = tile(tokens_TD, offsets_B1)
         tokens_TD = self.recency(tokens_TD, times_s_T, layout)
         experts_BKD = self.seeds(layout.num_users) if self.memory is None else self.memory(tokens_TD, layout)

@@ -69,7 +69,8 @@ class IncrementalScoring(TopKScoring):
         if not run.model.kind.has_states:
             raise ConfigError(
                 f"incremental scoring, but the run was trained with model.tower={run.model.tower}, whose "
-                "users have no state to continue: use score.py full, or train with model.tower=elastic_causal"
+                "users have no state to continue: use score.py full, or train with model.tower=elastic_causal "
+                "(or another tower with user states)"
             )
         run.data.max_history = ALL
         return TopKScoring.run_config(run, config)

@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_not_copied_into_a_new_version(tmp_path):
     content = bytearray(path.read_bytes())
     content[40] ^= 1
     path.replace(bytes(content))
-    with pytest.raises(DataError, match=rf"{path}: changed since ingest"):
+    with pytest.raises(DataError, match=rf"{path}: its sha256 is not the manifest's; the file was changed or damaged"):
         add(store, write_events(tmp_path / "d.csv", events[200:]))
 
 

@@ -165,5 +165,5 @@ def test_a_store_that_is_not_what_its_manifest_says(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 255
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"bucket=0001/part-\w+\.parquet.*rerun ingest"):
+    with pytest.raises(DataError, match=r"bucket=0001/part-\w+\.parquet.*run the ingest again"):
         measure(store)

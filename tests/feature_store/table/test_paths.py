@@ -75,7 +75,7 @@ def test_a_manifest_of_other_hands_is_refused(whole, place, value):
     value = whole.manifest.files[1].path if value == "the other's" else value
     try:
         manifest.write_text(json.dumps(change(json.loads(before), place, value)))
-        with pytest.raises(DataError, match=rf"manifest\.json: {place.split('.')[0]}.* is .*which no ingest writes"):
+        with pytest.raises(DataError, match=rf"manifest\.json: {place.split('.')[0]}.* is .*which ingest never writes"):
             Store.open(whole.path)
     finally:
         manifest.write_bytes(before)
@@ -99,7 +99,7 @@ def test_a_manifest_of_impressions_of_other_hands_is_refused(whole, place, value
     before = manifest.read_bytes()
     try:
         manifest.write_text(json.dumps(change(json.loads(before), place, value)))
-        with pytest.raises(DataError, match=rf"manifest\.json: {place.split('.')[0]}.* is .*which no ingest writes"):
+        with pytest.raises(DataError, match=rf"manifest\.json: {place.split('.')[0]}.* is .*which ingest never writes"):
             ImpressionTable(whole)
     finally:
         manifest.write_bytes(before)

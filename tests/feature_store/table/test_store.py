@@ -55,7 +55,7 @@ def test_sigkill_leaves_no_store_and_the_next_ingest_clears_up(tmp_path, moment)
     (litter,) = tmp_path.glob("store.tmp-*")
     assert not out.exists()
     for path in (out, litter):
-        with pytest.raises(DataError, match=r"unfinished or not a history store.*rerun ingest"):
+        with pytest.raises(DataError, match=r"unfinished or not a history store.*run the ingest again"):
             Store.open(path)
     small = write_events(tmp_path / "small.csv", random_events(50))
     ingest(IngestConfig(input=[small], out=str(out)))
@@ -140,7 +140,7 @@ def test_a_flipped_bit_is_found_when_read(tmp_path):
     content = bytearray(vocab.read_bytes())
     content[20] ^= 1
     vocab.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{vocab.name}: changed since ingest"):
+    with pytest.raises(DataError, match=rf"{vocab.name}: its sha256 is not the manifest's"):
         Store.open(store.path).vocabulary("item")
 
 
