@@ -79,7 +79,7 @@ def test_evaluation_and_scores_are_the_same_on_any_number_of_ranks(folder):
         out = folder / f"scores-{ranks}"
         figures.append(warm_ranks.run("evaluate", run, "checkpoint=last", ranks=ranks))
         arguments = [run, "checkpoint=last", f"candidates={folder}/lists.parquet", f"out={out}", "part_rows=60"]
-        warm_ranks.run("score", *arguments, ranks=ranks)
+        warm_ranks.run("score", "ranking", *arguments, ranks=ranks)
         found = [pq.read_table(path) for path in sorted(out.glob("part-*.parquet"))]
         scores.append(pa.concat_tables(found))
     for name in FIGURES:
