@@ -85,7 +85,7 @@ def test_scores_of_candidates(world, tmp_path_factory, tmp_path, monkeypatch):
     train_run(world, store, folder / "run", "optim.max_steps=2", base=RANKING)
     users, items = np.arange(30), [[i % 24 + 100, 101] for i in range(30)]
     pq.write_table(pa.table({"user_id": users, "item_id": items}), folder / "candidates.parquet")
-    settings = {"candidates": str(folder / "candidates.parquet"), "part_rows": 15}
+    settings = {"kind": "ranking", "candidates": str(folder / "candidates.parquet"), "part_rows": 15}
     out = tmp_path / "root" / "scores"
     out.parent.mkdir()
     with PowerCut(out.parent) as cut, monkeypatch.context() as patch:
