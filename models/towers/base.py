@@ -42,14 +42,12 @@ class SequenceTower(nn.Module):
                    has mean and covariance (`moments`)
     has_memory     it can start from an interest memory
     has_positions  it takes histories of at most max_history events
-    embeds_gaps    it embeds the seconds since a user's event before; a table `gap` of the events would do so twice
     """
 
     is_causal: ClassVar[bool] = False
     has_states: ClassVar[bool] = False
     has_memory: ClassVar[bool] = False
     has_positions: ClassVar[bool] = False
-    embeds_gaps: ClassVar[bool] = False
 
     @classmethod
     def build(

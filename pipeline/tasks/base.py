@@ -109,18 +109,13 @@ class Task(ABC):
         """Before training builds anything: refuses a store without targets (ConfigError), and puts what the config
         leaves to the data into it. Collective."""
 
-    @property
-    def has_gap_table(self) -> bool:
-        """Whether the time since the event before is a column of the events."""
-        return self.config.model.time is not Time.none
-
     def build_model(self) -> nn.Module:
         """The unsharded model, the same for any number of ranks (unless tables exceed parallel.host_init_gib).
 
         Raises ConfigError for settings that exclude each other.
         """
         config, tables = self.config, [EventTable(name, self.rows[name]) for name in self.columns]
-        if self.has_gap_table:
+        if config.model.time is not Time.none:
             tables.append(EventTable("gap", NUM_GAP_BUCKETS))
         rows = sum(self.rows.values()) + config.memory.enabled * config.memory.num_keys**2
         torch.manual_seed(config.run.seed)

@@ -123,7 +123,7 @@ class CausalTower(SequenceTower):
     they only call sub-modules and functions under `torch.fx.wrap`.
     """
 
-    is_causal = has_states = has_memory = embeds_gaps = True
+    is_causal = has_states = has_memory = True
 
     def __init__(self, config: TowerConfig, memory: MemoryConfig, *, device: torch.device | str | None = None):
         super().__init__()

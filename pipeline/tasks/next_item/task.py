@@ -44,11 +44,6 @@ class NextItemTask(NextItemData):
         require_targets(self, self.survey, ["train", "valid"])
         data.seen = resolve_seen(self, data.seen, self.survey)
 
-    @property
-    def has_gap_table(self) -> bool:
-        """Not with a tower that embeds the gaps itself."""
-        return super().has_gap_table and not self.config.model.kind.embeds_gaps
-
     def _model(self, **settings: Any) -> RetrievalModel:
         return RetrievalModel(
             softmax=self.config.loss.softmax,

@@ -43,7 +43,6 @@ def test_an_output_at_each_event_is_given_where_no_later_event_changes_it(tower)
 
 def test_what_a_tower_cannot_do_is_refused(tower):
     assert hasattr(tower, "step") is tower.has_states
-    assert any(name.startswith("gap.") for name, _ in tower.named_parameters()) is tower.embeds_gaps
     if tower.has_positions:
         with pytest.raises(ValueError, match="a history of 9 events"):
             tower(torch.zeros(9, D), torch.tensor([0, 9]), torch.arange(9), False)
