@@ -79,7 +79,7 @@ def test_an_ingest_imports_none_of_them(tmp_path):
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="the message under test is the one for a CPU build of torch")
-@pytest.mark.parametrize("first", ["models", "feature_store.reading.row_groups", "pipeline.train", "pipeline.score"])
+@pytest.mark.parametrize("first", ["models", "feature_store.batches.prefix_batch", "pipeline.train", "pipeline.score"])
 def test_cuda_fbgemm_beside_cpu_torch_is_named_in_one_line(tmp_path, first):
     """The stand-in fails as the CUDA wheel does: the dynamic loader cannot open a library; it logs, then raises."""
     (tmp_path / "fbgemm_gpu").mkdir()
