@@ -80,6 +80,8 @@ def check_local(**folders: str) -> None:
 
 @dataclass
 class IngestVerbConfig:
+    """The keys of ingest.py, and of `ingest.py impressions`."""
+
     data: DataConfig = field(default_factory=DataConfig)
 
 
