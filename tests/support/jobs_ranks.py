@@ -7,6 +7,7 @@ rank (minus the signal that killed it); stderr is FOLDER/WAY-RANK.
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from elastic_rec.pipeline.runtime import interrupts
 from elastic_rec.pipeline.runtime.errors import ConfigError
 from elastic_rec.pipeline.runtime.world import World, run_in_world
 
-TIMEOUT_S = 8
+TIMEOUT_S = 5
 
 
 @dataclass
@@ -64,8 +65,14 @@ def keep_store() -> tuple[int, int]:
     return process, int(os.read(readable, 16))
 
 
-def start(folder: Path, way: str, port: int) -> list[int]:
-    """Forks the two ranks; their process ids. port: of the store."""
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(folder: Path, way: str, port: int, *, is_kept: bool) -> list[int]:
+    """Forks the two ranks; their process ids. port: of the store, which rank 0 makes unless it is kept for them."""
     processes = []
     for rank in range(2):
         process = os.fork()
@@ -74,7 +81,7 @@ def start(folder: Path, way: str, port: int) -> list[int]:
             continue
         with (folder / f"{way}-{rank}").open("w") as log:
             os.dup2(log.fileno(), 2)
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": str(is_kept)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         interrupts.listen()
         run_in_world(main, JobConfig(way), report=lambda figures: print(figures, file=sys.stderr))
@@ -93,15 +100,18 @@ def wait(jobs: dict[str, list[int]]) -> dict[str, list[int]]:
                 if (done := os.waitpid(process, os.WNOHANG))[0]:
                     codes[process] = os.waitstatus_to_exitcode(done[1])
                     ended_s[way] = time.monotonic()
-                elif way in ended_s and time.monotonic() - ended_s[way] > 12:
+                elif way in ended_s and time.monotonic() - ended_s[way] > 8:
                     os.kill(process, signal.SIGKILL)
         time.sleep(0.05)
     return {way: [codes[process] for process in pair] for way, pair in jobs.items()}
 
 
 if __name__ == "__main__":
-    keepers = {way: keep_store() for way in sys.argv[2:]}
-    started = {way: start(Path(sys.argv[1]), way, port) for way, (_, port) in keepers.items()}
-    print(json.dumps(wait(started)))
-    for process, _ in keepers.values():
-        os.kill(process, signal.SIGKILL)
+    folder, ways = Path(sys.argv[1]), sys.argv[2:]
+    keeper, kept_port = (
+        keep_store()
+    )  # for ranks that fail together: one asks after the other has ended who has told why
+    kept = {way: start(folder, way, kept_port, is_kept=True) for way in ways if way == "same mistake"}
+    started = {way: start(folder, way, free_port(), is_kept=False) for way in ways if way not in kept}
+    print(json.dumps(wait(kept | started)))
+    os.kill(keeper, signal.SIGKILL)
